@@ -1,0 +1,175 @@
+"""The CPU path of every form: torch's CPU flash kernel, in chunks of queries cut to the keys that the mask lets them see.
+
+No ``[Lq, Lk]`` tensor is ever whole in memory: a chunk's mask in the forward, and its scores of all heads in the backward, hold at most
+``CHUNK_ELEMENTS`` elements (or 16 queries, where those have more). A forward chunk that sees all of its keys has no mask. The backward
+recomputes the weights of a chunk from the saved log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import sympy
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from custom_ops.form import Form, Slots, empty_outputs
+from custom_ops.masks import Mask, q
+
+CHUNK = 256
+"""Queries a chunk: the CPU flash kernel's own query block for long inputs."""
+CHUNK_ELEMENTS = 1 << 24
+"""Most elements of a chunk's mask or scores (64 MiB in fp32)."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class _Chunk(NamedTuple):
+    rows: slice
+    keys: slice
+    visible: Tensor | None
+    """bool ``[B or 1, rows, keys]``; None = every query of the chunk sees every key of it."""
+
+
+def is_plain_causal(mask: Mask, slots: Slots) -> bool:
+    """Whether the mask is ``k <= q``, with positions from 0 and nothing else: for as many queries as keys, torch's ``is_causal``."""
+    return slots[:-1] == (None,) * 5 and mask.interval() == (sympy.S.Zero, q + 1)
+
+
+def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of ``form`` for CPU tensors; shapes as in ``torch.ops.lowered_attn``."""
+    out, lse = empty_outputs(query, value)
+    query_len, key_len, value_dim = query.shape[2], key.shape[2], value.shape[3]
+    if out.numel() == 0 or key_len == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    key, value = _without_padded(slots, key, value)
+    width = max(query.shape[3], value_dim)  # the CPU kernel wants one head dim for all three
+    query, key, value = (pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (query, key, value))
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    mask = form.mask_of(slots)
+    if query_len == key_len and is_plain_causal(mask, slots):
+        result, result_lse = _flash(query, key, value, 0.0, True, scale=scale)
+        return _token_major(result[..., :value_dim]), result_lse.contiguous()
+    for chunk in _chunks(form, mask, slots, query_len, key_len, query.shape[0] * key_len):
+        part = _attend(query[:, :, chunk.rows], key[:, :, chunk.keys], value[:, :, chunk.keys], chunk.visible, scale)
+        out[:, :, chunk.rows] = part[0][..., :value_dim]
+        lse[:, :, chunk.rows] = part[1]
+    return out, lse
+
+
+def backward(
+    form: Form,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Slots,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for CPU tensors.
+
+    With weights ``P = exp(scale * Q K^T - lse)``: ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``, ``dQ = scale * dS K``,
+    ``dK = scale * dS^T Q``. The query heads of a group are rows of one product, so dK and dV sum over the group by themselves.
+    Low-precision inputs are computed in fp32.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, query_len, head_dim = query.shape
+    kv_heads, key_len = key.shape[1:3]
+    group = heads // kv_heads
+    dq = query.new_zeros(batch, query_len, heads, head_dim).transpose(1, 2)
+    if query.numel() == 0 or key.numel() == 0:
+        return dq, _token_major(torch.zeros_like(key)), _token_major(torch.zeros_like(value))
+    kept_key, kept_value = (t.to(dtype) for t in _without_padded(slots, key, value))
+    dk, dv = torch.zeros_like(kept_key), torch.zeros_like(kept_value)
+    mask = form.mask_of(slots)
+    row_term = lse.new_zeros(lse.shape, dtype=dtype) if grad_lse is None else -grad_lse.to(dtype)
+    if grad_out is not None:
+        row_term = row_term + (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    # A row that sees nothing has lse -inf: a finite stand-in keeps exp() finite, and the mask makes its weights 0.
+    finite_lse = lse.to(dtype).masked_fill(lse == -math.inf, 0)
+
+    def grouped(t: Tensor) -> Tensor:
+        """[B, Hq, rows, X] -> [B, Hkv, G * rows, X]: the group's heads become rows."""
+        return t.to(dtype).reshape(batch, kv_heads, group * t.shape[2], t.shape[3])
+
+    for rows, keys, visible in _chunks(form, mask, slots, query_len, key_len, batch * heads * key_len):
+        if keys.start == keys.stop:
+            continue  # nothing visible: dq is 0 already
+        q_rows, k_part, v_part = grouped(query[:, :, rows]), kept_key[:, :, keys], kept_value[:, :, keys]
+        scores = torch.matmul(q_rows, k_part.transpose(2, 3)).mul_(scale)
+        weights = scores.sub_(grouped(finite_lse[:, :, rows, None])).exp_()
+        if visible is not None:
+            weights.view(batch, kv_heads, group, rows.stop - rows.start, -1).masked_fill_(~visible[:, None, None], 0)
+        row_terms = grouped(row_term[:, :, rows, None])
+        if grad_out is None:
+            grad_scores = weights * -row_terms
+        else:
+            grad_rows = grouped(grad_out[:, :, rows])
+            dv[:, :, keys] += torch.matmul(weights.transpose(2, 3), grad_rows)
+            grad_scores = torch.matmul(grad_rows, v_part.transpose(2, 3)).sub_(row_terms).mul_(weights)
+        dq[:, :, rows] = torch.matmul(grad_scores, k_part).mul_(scale).view(batch, heads, -1, head_dim)
+        dk[:, :, keys] += torch.matmul(grad_scores.transpose(2, 3), q_rows).mul_(scale)
+    return dq, _token_major(dk.to(key.dtype)), _token_major(dv.to(value.dtype))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    if key.shape[2] == 0:
+        out, lse = empty_outputs(query, value)
+        return out.zero_(), lse.fill_(float("-inf"))
+    if visible is None:
+        return _flash(query, key, value, 0.0, False, scale=scale)
+    bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))[:, None]
+    out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+    # The CPU kernel gives such rows output 0 but lse 0.
+    return out, lse.masked_fill(~visible.any(-1)[:, None], float("-inf"))
+
+
+def _chunks(
+    form: Form, mask: Mask, slots: Slots, query_len: int, key_len: int, elements_a_query: int
+) -> Iterator[_Chunk]:
+    """The queries in chunks, each with the keys that its tile bounds leave; none of the sizes may be 0.
+
+    ``elements_a_query``: what one query takes in the largest tensor that the caller makes of a chunk.
+    """
+    operands = {n: v for n, v in form.operands_of(slots).items() if n != "q_start" and v is not None}
+    ints = {n: v for n, v in operands.items() if isinstance(v, int)}
+    starts = None if slots.q_start is None else slots.q_start.to(torch.int64)
+    start_range = (0, 0) if starts is None else (int(starts.min()), int(starts.max()))
+    size = max(16, min(CHUNK, CHUNK_ELEMENTS // elements_a_query))
+    key_positions = torch.arange(key_len)
+    for begin in range(0, query_len, size):
+        rows = slice(begin, min(begin + size, query_len))
+        per_query = None if slots.query_value is None else slots.query_value[:, rows]
+        query_range = None if per_query is None else (int(per_query.min()), int(per_query.max()))
+        first, last = begin + start_range[0], rows.stop - 1 + start_range[1]
+        lo_any, lo_all, hi_all, hi_any = mask.evaluate_bounds(first, last, key_len, ints, query_range)
+        keys = slice(lo_any, max(lo_any, hi_any))
+        if mask.per_key == sympy.true and lo_all <= keys.start and keys.stop <= hi_all:
+            yield _Chunk(rows, keys, None)
+            continue
+        positions = torch.arange(rows.start, rows.stop)
+        cut = dict(operands)
+        for operand in mask.operands:
+            if operand.kind in ("query", "key"):
+                cut[operand.name] = operands[operand.name][:, rows if operand.kind == "query" else keys]  # type: ignore[index]
+        rows_at = positions if starts is None else starts[:, None] + positions
+        yield _Chunk(rows, keys, mask.dense(rows_at, key_positions[keys], cut))
+
+
+def _without_padded(slots: Slots, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros where keys are padded: whatever lies there, NaN too, must reach no product."""
+    if slots.key_padding is None:
+        return key, value
+    hidden = slots.key_padding[:, None, :, None]
+    return key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+
+
+def _token_major(t: Tensor) -> Tensor:
+    """``[B, H, S, D]`` with the memory of a contiguous ``[B, S, H, D]``: no copy where it has that already."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,230 @@
+"""A form: what is computed. Its mask and operands, and the op in ``torch.ops.lowered_attn`` that stands for it.
+
+Every form becomes one op ``(q, k, v, <operands>, *, scale=None) -> (out, lse)`` with a fake implementation, CPU and
+CUDA kernels, an explicit backward, autocast and a FLOP formula, all derived from the form's mask. ``register`` makes
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from custom_ops import flops
+from custom_ops.checks import check_call
+from custom_ops.masks import Mask, Operand, OperandValue
+
+NAMESPACE = "lowered_attn"
+Q_START = Operand("q_start", "request", 0, optional=True)
+"""Position of each request's first query among the keys, int32 ``[B]``; 0 where None."""
+
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class Slots(NamedTuple):
+    """A call's operands by what they are instead of by name: what every kernel takes, whatever the form."""
+
+    key_padding: Tensor | None
+    """bool ``[B, Lk]``, True = hidden."""
+    q_start: Tensor | None
+    """int32 ``[B]``, position of the first query; 0 where None."""
+    query_value: Tensor | None
+    """int ``[B, Lq]``, the mask's per-query operand."""
+    key_value: Tensor | None
+    """int ``[B, Lk]``, the mask's per-key operand."""
+    request_value: Tensor | None
+    """int ``[B]``, the mask's per-request operand."""
+    ints: tuple[int, ...]
+    """The mask's int operands, in its order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """An attention form. ``self_attention``: queries and keys share positions, so the op also takes ``q_start``."""
+
+    mask: Mask
+    self_attention: bool
+
+    @property
+    def name(self) -> str:
+        """The op's name in ``torch.ops.lowered_attn``."""
+        return self.mask.name
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What the op takes after q, k and v, in order."""
+        return (*self.mask.operands, Q_START) if self.self_attention else self.mask.operands
+
+    @property
+    def operand_names(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.operands)
+
+    @property
+    def op(self) -> Any:
+        """The op, ``torch.ops.lowered_attn.<name>``."""
+        return getattr(torch.ops.lowered_attn, self.name)
+
+    @property
+    def schema(self) -> str:
+        """The op's arguments and results in torch's schema language."""
+        types = {"int": "SymInt"}
+        arguments = [
+            f"{types.get(o.kind, 'Tensor')}{'?' if o.optional else ''} {o.name}{'=None' if o.optional else ''}"
+            for o in self.operands
+        ]
+        return f"(Tensor q, Tensor k, Tensor v, {', '.join(arguments)}, *, float? scale=None) -> (Tensor, Tensor)"
+
+    def check(
+        self, query: Tensor, key: Tensor, value: Tensor, operands: dict[str, OperandValue], scale: float | None = None
+    ) -> None:
+        """Raise ValueError on a bad call; see ``custom_ops.checks``."""
+        check_call(self, query, key, value, operands, scale)
+
+    def slots(self, operands: Mapping[str, OperandValue]) -> Slots:
+        """The operands by slot."""
+
+        def tensor(operand: Operand | None) -> Any:
+            return None if operand is None else operands.get(operand.name)
+
+        return Slots(
+            key_padding=tensor(self.mask.operand("key", boolean=True)),
+            q_start=operands.get("q_start"),  # type: ignore[arg-type]
+            query_value=tensor(self.mask.operand("query")),
+            key_value=tensor(self.mask.operand("key")),
+            request_value=tensor(self.mask.operand("request")),
+            ints=tuple(operands[o.name] for o in self.mask.int_operands),  # type: ignore[misc]
+        )
+
+    def mask_of(self, slots: Slots) -> Mask:
+        """The mask without the conjuncts of operands that this call does not have.
+
+        ``slots`` may hold anything that is not None where an operand is present: tensors, or a compiler's stand-ins.
+        """
+        return self.mask.specialise([name for name, value in self.operands_of(slots).items() if value is not None])
+
+    def operands_of(self, slots: Slots) -> dict[str, OperandValue]:
+        """The inverse of ``slots``: operands by name."""
+        named: dict[str, OperandValue] = {}
+        ints = iter(slots.ints)
+        for o in self.operands:
+            if o.kind == "int":
+                named[o.name] = next(ints)
+            elif o.name == "q_start":
+                named[o.name] = slots.q_start
+            else:
+                named[o.name] = slots.key_padding if o.boolean else getattr(slots, f"{o.kind}_value")
+        return named
+
+
+def default_scale(query: Tensor, scale: float | None) -> float:
+    """``1 / sqrt(D)`` where no scale was given."""
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``out [B, Hq, Lq, Dv]``, token-major in memory so that merging heads is a view, and ``lse [B,
+    Hq, Lq]``.
+    """
+    batch, heads, query_len, _ = query.shape
+    out = query.new_empty(batch, query_len, heads, value.shape[-1]).transpose(1, 2)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(batch, heads, query_len, dtype=lse_dtype)
+
+
+def register(form: Form) -> Form:
+    """Define ``torch.ops.lowered_attn.<form.name>`` whole. Returns ``form``."""
+    qualified = f"{NAMESPACE}::{form.name}"
+    library.define(f"{form.name}{form.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def bind(arguments: tuple[OperandValue, ...]) -> dict[str, OperandValue]:
+        missing = (None,) * (len(form.operands) - len(arguments))  # the dispatcher drops trailing defaults
+        return dict(zip(form.operand_names, arguments + missing, strict=True))
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        operands = bind(arguments)
+        form.check(query, key, value, operands, scale)
+        return kernels_for(query.device).forward(
+            form, query, key, value, form.slots(operands), default_scale(query, scale)
+        )
+
+    def fake(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        form.check(query, key, value, bind(arguments), scale)
+        return empty_outputs(query, value)
+
+    def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, *arguments = inputs
+        slots = form.slots(bind(tuple(arguments)))
+        ctx.save_for_backward(query, key, value, *output, *slots[:-1])
+        ctx.ints = slots.ints
+        ctx.scale = keyword_only_inputs.get("scale")
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        no_gradients = (None,) * len(form.operands)
+        if grad_out is None and grad_lse is None:
+            return None, None, None, *no_gradients
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        gradients = torch.ops.lowered_attn.attention_backward(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *tensors,
+            form.name,
+            ctx.ints,
+            default_scale(query, ctx.scale),
+        )
+        return *gradients, *no_gradients
+
+    library.impl(form.name, run, "CPU")
+    library.impl(form.name, run, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+    for device_type in ("cpu", "cuda"):
+        library.impl(form.name, _autocast(form, device_type), f"Autocast{device_type.upper()}")
+    flops.register_when_counted(form)
+    return form
+
+
+def kernels_for(device: torch.device) -> Any:
+    """The module with ``forward`` and ``backward`` for tensors on ``device``.
+
+    CUDA's is imported at its first call, with triton.
+    """
+    if device.type == "cuda":
+        from custom_ops.kernels import launch
+
+        return launch
+    from custom_ops import cpu
+
+    return cpu
+
+
+@functools.cache
+def _autocast(form: Form, device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Cast q, k and v to autocast's dtype, then call the op below autocast."""
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def cast(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            q, k, v = (
+                t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (query, key, value)
+            )
+            return form.op(q, k, v, *arguments, **keywords)
+
+    return cast

@@ -1,0 +1,89 @@
+"""The grouped ops: every form in one normal form, by slot instead of by operand name.
+
+Compiler passes rewrite form ops to ``lowered_attn::grouped_attention``, so that one lowering and one template serve
+all forms; all query heads of one KV head share a tile there. Every form's autograd calls
+``lowered_attn::attention_backward``. Both take the operands of ``custom_ops.form.Slots`` and the form's name. They
+are internal: users call the form ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from custom_ops import flops
+from custom_ops.form import NAMESPACE, Slots, empty_outputs, kernels_for, library
+from custom_ops.forms import FORMS
+
+_SLOTS = (
+    "Tensor? key_padding, Tensor? q_start, Tensor? query_value, Tensor? key_value, Tensor? request_value, "
+    "str form, SymInt[] ints, float scale"
+)
+
+library.define(
+    f"grouped_attention(Tensor q, Tensor k, Tensor v, {_SLOTS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "attention_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SLOTS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor,
+    key_padding: Tensor | None, q_start: Tensor | None, query_value: Tensor | None, key_value: Tensor | None,
+    request_value: Tensor | None, form: str, ints: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints))
+    return kernels_for(q.device).forward(FORMS[form], q, k, v, slots, scale)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *slots: object) -> tuple[Tensor, Tensor]:
+    return empty_outputs(q, v)
+
+
+def _backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    key_padding: Tensor | None, q_start: Tensor | None, query_value: Tensor | None, key_value: Tensor | None,
+    request_value: Tensor | None, form: str, ints: Sequence[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints))
+    return kernels_for(q.device).backward(FORMS[form], grad_out, grad_lse, q, k, v, out, lse, slots, scale)
+
+
+def _backward_fake(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(q, k, v)
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dq, dk and dv, shaped like q, k and v and token-major in memory."""
+    dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _refuse_gradients(name: str, instead: str) -> Callable[..., NoReturn]:
+    """A backward that raises: without one, autograd would trace the kernels' own Python and give wrong gradients."""
+
+    def backward(ctx: object, *grads: object) -> NoReturn:
+        raise RuntimeError(f"{NAMESPACE}::{name}: expected no gradient through this op, got one; {instead}")
+
+    return backward
+
+
+for _name, _run, _fake, _instead in (
+    ("grouped_attention", _forward, _forward_fake, "call the form op: compiler passes make this one after autograd"),
+    ("attention_backward", _backward, _backward_fake, "there is no second derivative: use backend='reference', which has one"),
+):
+    library.impl(_name, _run, "CPU")
+    library.impl(_name, _run, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_gradients(_name, _instead), lib=library)
+
+flops.register_grouped_when_counted(FORMS)

@@ -1,0 +1,145 @@
+"""Eager CUDA launches of the forward and backward kernels (CPU tensors too, under Triton's interpreter)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from custom_ops.form import Form, Slots, empty_outputs
+from custom_ops.grouped import empty_gradients
+from custom_ops.kernels import backward as backward_kernels
+from custom_ops.kernels.forward import forward_kernel
+from custom_ops.kernels.mask_functions import mask_functions
+from custom_ops.kernels.specialise import constants, may_be_full
+from custom_ops.kernels.tile_config import TileConfig, backward_config, forward_config, heads_together
+
+
+def forward(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float, config: TileConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of ``form``.
+
+    Shapes as in ``torch.ops.lowered_attn``. ``config`` overrides the shipped tiling.
+    """
+    out, lse = empty_outputs(query, value)
+    batch, kv_heads, key_len, value_dim = value.shape
+    if out.numel() == 0 or key_len == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    query, key, value = (_unit_last_stride(t) for t in (query, key, value))
+    call = _Call(form, query, key, value, slots)
+    config = config or forward_config(call.architecture, query.dtype, query.shape[3], value_dim, call.width)
+    heads = batch * kv_heads
+    grid = (triton.cdiv(query.shape[2] * call.group, config.block_m) * heads,)
+    together = heads_together(call.l2_bytes, heads, key_len * (query.shape[3] + value_dim) * query.element_size())
+    with _device(query):
+        forward_kernel[grid](
+            query, key, value, out, lse, *call.operand_pointers,
+            query.stride()[:3], key.stride()[:3], value.stride()[:3],
+            out.stride()[:3], kv_heads, query.shape[2], key_len, heads, call.ints, scale,
+            **call.constants, MAY_BE_FULL=may_be_full(call.mask, slots.ints, config.block_n), HEADS_TOGETHER=together,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    form: Form,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Slots,
+    scale: float,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv; see ``custom_ops/kernels/backward.py``. ``config`` overrides the shipped tiling."""
+    dq, dk, dv = empty_gradients(query, key, value)
+    batch, kv_heads, key_len, value_dim = value.shape
+    query_len = query.shape[2]
+    if query.numel() == 0 or key_len == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    query, key, value, out = (_unit_last_stride(t) for t in (query, key, value, out))
+    grad_out = torch.zeros_like(out) if grad_out is None else _unit_last_stride(grad_out)
+    call = _Call(form, query, key, value, slots)
+    config = config or backward_config(call.architecture, query.dtype, query.shape[3], value_dim)
+    delta = torch.empty_like(lse)
+    widths = {"DV": call.constants["DV"], "DV_PAD": call.constants["DV_PAD"]}
+    strides = (query.stride()[:3], key.stride()[:3], value.stride()[:3], grad_out.stride()[:3])
+    tiling: dict[str, Any] = {
+        **call.constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    sizes = (kv_heads, query_len, key_len, call.ints, scale)
+    with _device(query):
+        backward_kernels.delta_kernel[(triton.cdiv(query_len, 64) * batch * query.shape[1],)](
+            grad_out, out, delta if grad_lse is None else grad_lse.contiguous(), delta,
+            grad_out.stride()[:3], out.stride()[:3],
+            query.shape[1], query_len, HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=64, **widths, num_warps=4,
+        )  # fmt: skip
+        backward_kernels.query_gradient_kernel[
+            (triton.cdiv(query_len * call.group, config.block_m) * batch * kv_heads,)
+        ](
+            query,
+            key,
+            value,
+            grad_out,
+            lse,
+            delta,
+            dq,
+            *call.operand_pointers,
+            *strides,
+            dq.stride()[:3],
+            *sizes,
+            **tiling,
+        )
+        backward_kernels.key_value_gradient_kernel[(triton.cdiv(key_len, config.block_n) * batch * kv_heads,)](
+            query, key, value, grad_out, lse, delta, dk, dv, *call.operand_pointers,
+            *strides, dk.stride()[:3], dv.stride()[:3],
+            *sizes, **tiling,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+class _Call:
+    """What the forward and the backward launches of one call share."""
+
+    def __init__(self, form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots) -> None:
+        self.mask = form.mask_of(slots)
+        functions = mask_functions(self.mask)
+        self.group = query.shape[1] // key.shape[1]
+        self.constants = {
+            **constants(
+                self.mask, slots, group=self.group, head_dim=query.shape[3], value_dim=value.shape[3], dtype=query.dtype
+            ),
+            "VISIBLE": functions.visible,
+            "KEY_VISIBLE": functions.key_visible,
+            "BOUNDS": functions.bounds,
+        }
+        absent = key  # any tensor: the kernel never reads an operand that is not there
+        self.operand_pointers = tuple(
+            absent if t is None else t.contiguous()
+            for t in (slots.q_start, slots.query_value, slots.request_value, slots.key_value, slots.key_padding)
+        )
+        self.ints = slots.ints or (0,)
+        self.width = self.mask.width_for(slots.ints)
+        if query.is_cuda:
+            properties = torch.cuda.get_device_properties(query.device)
+            self.architecture = 10 * properties.major + properties.minor
+            self.l2_bytes = properties.L2_cache_size
+        else:  # the interpreter
+            self.architecture, self.l2_bytes = 0, 1 << 20
+
+
+def _unit_last_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _device(t: Tensor) -> Any:
+    """Launch on the tensors' own GPU, whichever is current."""
+    return torch.cuda.device(t.device if t.is_cuda else -1)

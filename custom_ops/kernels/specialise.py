@@ -1,0 +1,63 @@
+"""What a call compiles into a kernel.
+
+The compile-time constants of the tile loop, for eager launches and templates alike. No triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from custom_ops.form import Slots
+from custom_ops.masks import Mask
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products follow torch's matmul precision.
+
+    TF32 only where the user allows it. Other dtypes have one precision.
+    """
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def constants(
+    mask: Mask, slots: Slots, *, group: int, head_dim: int, value_dim: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The constants that do not depend on the tiling, by their names in ``custom_ops/kernels/tile.py``.
+
+    ``slots`` may hold anything that is not None where an operand is present (tensors, or the compiler's buffers).
+    """
+    return {
+        "READS_KEYS": mask.per_key != sympy.true,
+        "HAS_Q_START": slots.q_start is not None,
+        "HAS_QUERY_VALUES": slots.query_value is not None,
+        "HAS_REQUEST_VALUES": slots.request_value is not None,
+        "HAS_KEY_VALUES": slots.key_value is not None,
+        "HAS_KEY_PADDING": slots.key_padding is not None,
+        "PRECISION": dot_precision(dtype),
+        "G": group,
+        "D": head_dim,
+        "D_PAD": padded_dim(head_dim),
+        "DV": value_dim,
+        "DV_PAD": padded_dim(value_dim),
+    }
+
+
+def padded_dim(dim: int) -> int:
+    """The tile width of a head dim: the next power of two, at least 16 (the least a matrix instruction takes)."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def may_be_full(mask: Mask, ints: tuple[int, ...], block_n: int) -> bool:
+    """Whether a tile of ``block_n`` keys can be visible to a whole tile of rows.
+
+    If not, the loop over full tiles is left out.
+
+    ``ints`` are the values of the mask's int operands, in its order.
+    """
+    if mask.tile_bounds().lo_all == sympy.oo:
+        return False
+    width = mask.width_for(ints)
+    return width is None or width >= block_n

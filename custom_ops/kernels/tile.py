@@ -1,0 +1,205 @@
+"""The tile loop: attention of a tile of packed query rows over tiles of keys. The one loop that every kernel and template calls.
+
+Legend
+    B, Hq, Hkv      batch, query heads, KV heads; G = Hq / Hkv query heads share one KV head (a GQA group)
+    D, DV           head dim of q and k, and of v; D_PAD, DV_PAD the next powers of two, at least 16
+    row             a query of one head of the group: row r is query r // G, head r % G, so a tile wastes nothing for any G
+    BLOCK_M         rows a tile; BLOCK_N keys a tile
+    ints, ...value  the mask's operands by slot (custom_ops/mask_printing.py)
+
+Softmax runs online in base 2: ``qk_scale`` is scale * log2(e). Keys of partial tiles go through the mask's predicate; keys of full
+tiles, which every row sees, do not. Per-key operands (padding, ids) are read and applied in every tile.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, index, stride, columns, valid, COLUMNS: tl.constexpr, COLUMNS_PAD: tl.constexpr, CHECKED: tl.constexpr):
+    """``[len(index), COLUMNS_PAD]`` rows of a matrix; 0 past COLUMNS and, where CHECKED, where not ``valid``."""
+    pointers = base + index[:, None] * stride + columns[None, :]
+    if CHECKED:
+        if COLUMNS == COLUMNS_PAD:
+            return tl.load(pointers, mask=valid[:, None], other=0.0)
+        return tl.load(pointers, mask=valid[:, None] & (columns[None, :] < COLUMNS), other=0.0)
+    if COLUMNS == COLUMNS_PAD:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns[None, :] < COLUMNS, other=0.0)
+
+
+@triton.jit
+def load_key_operands(key, valid, KEY_VALUES, KEY_PADDING, HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr):
+    """The mask's per-key operands of these keys, and ``valid`` without the padded ones."""
+    key_value = key
+    key_padding = key
+    if HAS_KEY_VALUES:
+        key_value = tl.load(KEY_VALUES + key, mask=valid, other=0)
+    if HAS_KEY_PADDING:
+        key_padding = tl.load(KEY_PADDING + key, mask=valid, other=1).to(tl.int32)
+        valid = valid & (key_padding == 0)
+    return key_value, key_padding, valid
+
+
+@triton.jit
+def keep_scores(
+    q_position, key, valid, ints, request_value, query_value, key_value, key_padding,
+    VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, PARTIAL: tl.constexpr, READS_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Which of the ``[rows, keys]`` scores count."""
+    keep = valid[None, :]
+    if PARTIAL:
+        keep = keep & VISIBLE(
+            q_position[:, None], key[None, :], ints, request_value, query_value[:, None], key_value[None, :], key_padding[None, :]
+        )
+    if READS_KEYS:
+        keep = keep & KEY_VISIBLE(
+            q_position[:, None], key[None, :], ints, request_value, query_value[:, None], key_value[None, :], key_padding[None, :]
+        )
+    return keep
+
+
+@triton.jit
+def attend_tiles(
+    acc, row_sum, row_max, q, q_position, query_value, request_value, ints, K, V, stride_kn, stride_vn, KEY_VALUES, KEY_PADDING,
+    first_tile, tiles, jump_after, jump, key_len, qk_scale,
+    VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, PARTIAL: tl.constexpr, READS_KEYS: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over ``tiles`` key tiles from ``first_tile`` on, skipping ``jump`` tiles after the first ``jump_after``.
+
+    The jump lets one loop serve the partial tiles on both sides of the full ones.
+    """
+    CHECKED: tl.constexpr = PARTIAL or READS_KEYS
+    offsets = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, D_PAD)
+    value_columns = tl.arange(0, DV_PAD)
+    for i in range(0, tiles):
+        tile = first_tile + i
+        if PARTIAL:
+            tile += tl.where(i >= jump_after, jump, 0)
+        start = tile * BLOCK_N
+        key = start + offsets
+        # A full tile lies inside the sequence whole: only its padding, if any, hides keys.
+        valid = key < key_len
+        key_value, key_padding, valid = load_key_operands(key, valid, KEY_VALUES, KEY_PADDING, HAS_KEY_VALUES, HAS_KEY_PADDING)
+        # 64-bit up to the tile's first key, 32-bit inside the tile.
+        k = load_rows(K + start.to(tl.int64) * stride_kn, offsets, stride_kn, columns, valid, D, D_PAD, CHECKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CHECKED:
+            keep = keep_scores(
+                q_position, key, valid, ints, request_value, query_value, key_value, key_padding, VISIBLE, KEY_VISIBLE, PARTIAL, READS_KEYS
+            )
+            scores = tl.where(keep, scores * qk_scale, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # A row that has seen nothing yet has maximum -inf: subtract 0 instead, -inf - -inf is NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = tl.exp2(scores - shift[:, None])
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+            shift = new_max
+            weights = tl.exp2(scores * qk_scale - shift[:, None])
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + tl.sum(weights, 1)
+        acc = acc * correction[:, None]
+        v = load_rows(V + start.to(tl.int64) * stride_vn, offsets, stride_vn, value_columns, valid, DV, DV_PAD, CHECKED)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def key_tiles(lo_any, lo_all, hi_all, hi_any, BLOCK_N: tl.constexpr):
+    """Bounds in keys as tiles: ``first <= full_first <= full_end <= end``; tiles in [full_first, full_end) are full, the others partial."""
+    first = lo_any // BLOCK_N
+    end = tl.maximum(tl.cdiv(hi_any, BLOCK_N), first)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(lo_all, BLOCK_N), first), end)
+    full_end = tl.minimum(tl.maximum(hi_all // BLOCK_N, full_first), end)
+    return first, full_first, full_end, end
+
+
+@triton.jit
+def row_operands(
+    query, row_valid, batch, query_len, Q_START, QUERY_VALUES, REQUEST_VALUES,
+    HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
+):  # fmt: skip
+    """Positions and per-query operands of the rows, the request's operand, and the range of the per-query operand over valid rows."""
+    position_shift = 0
+    if HAS_Q_START:
+        position_shift = tl.load(Q_START + batch)
+    request_value = 0
+    if HAS_REQUEST_VALUES:
+        request_value = tl.load(REQUEST_VALUES + batch)
+    query_value = query
+    query_min = 0
+    query_max = 0
+    if HAS_QUERY_VALUES:
+        values = QUERY_VALUES + batch.to(tl.int64) * query_len
+        query_value = tl.load(values + query, mask=row_valid, other=0).to(tl.int32)
+        query_min = tl.min(tl.where(row_valid, query_value, 2147483647))
+        query_max = tl.max(tl.where(row_valid, query_value, -2147483648))
+    return position_shift, request_value, query_value, query_min, query_max
+
+
+@triton.jit
+def attend(
+    q, query, row_valid, first_query, last_query, batch, query_len, key_len, K, V, stride_kn, stride_vn,
+    Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING, ints, scale,
+    VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, BOUNDS: tl.constexpr, READS_KEYS: tl.constexpr, MAY_BE_FULL: tl.constexpr,
+    HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of rows: ``q [BLOCK_M, D_PAD]`` against the keys and values at K and V (already at batch and KV head).
+
+    Per-query and per-key operands are contiguous rows ``[B, Lq]`` and ``[B, Lk]``. Returns ``out [BLOCK_M, DV_PAD]`` fp32, normalised (0 where
+    a row sees nothing), and ``lse [BLOCK_M]``, natural log (-inf where a row sees nothing).
+    """
+    position_shift, request_value, query_value, query_min, query_max = row_operands(
+        query, row_valid, batch, query_len, Q_START, QUERY_VALUES, REQUEST_VALUES, HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES
+    )
+    lo_any, lo_all, hi_all, hi_any = BOUNDS(
+        first_query + position_shift, last_query + position_shift, key_len, ints, request_value, query_min, query_max
+    )
+    first, full_first, full_end, end = key_tiles(lo_any, lo_all, hi_all, hi_any, BLOCK_N)
+    keys_before = batch.to(tl.int64) * key_len
+    q_position = query + position_shift
+    qk_scale = scale * 1.4426950408889634
+    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if MAY_BE_FULL:
+        acc, row_sum, row_max = attend_tiles(
+            acc, row_sum, row_max, q, q_position, query_value, request_value, ints, K, V, stride_kn, stride_vn,
+            KEY_VALUES + keys_before, KEY_PADDING + keys_before, full_first, full_end - full_first, 0, 0, key_len, qk_scale,
+            VISIBLE, KEY_VISIBLE, False, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION, BLOCK_N, D, D_PAD, DV, DV_PAD,
+        )  # fmt: skip
+        partial_tiles = full_first - first + end - full_end
+        jump = full_end - full_first
+    else:
+        partial_tiles = end - first
+        jump = 0
+    acc, row_sum, row_max = attend_tiles(
+        acc, row_sum, row_max, q, q_position, query_value, request_value, ints, K, V, stride_kn, stride_vn,
+        KEY_VALUES + keys_before, KEY_PADDING + keys_before, first, partial_tiles, full_first - first, jump, key_len, qk_scale,
+        VISIBLE, KEY_VISIBLE, True, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION, BLOCK_N, D, D_PAD, DV, DV_PAD,
+    )  # fmt: skip
+    sees_nothing = row_sum == 0.0
+    out = acc / tl.where(sees_nothing, 1.0, row_sum)[:, None]
+    lse = tl.where(sees_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)
+    return out, lse
+
+
+@triton.jit
+def tile_of_program(row_tiles, heads, HEADS_TOGETHER: tl.constexpr):
+    """Which row tile and which (batch, KV head) a program computes: the last tiles first, since causal masks give them most keys, and
+
+    HEADS_TOGETHER heads side by side, so that what runs at once reads the K and V of few heads (they fit L2).
+    """
+    program = tl.program_id(0)
+    span = row_tiles * HEADS_TOGETHER
+    first_head = (program // span) * HEADS_TOGETHER
+    heads_here = tl.minimum(heads - first_head, HEADS_TOGETHER)
+    inside = program % span
+    return row_tiles - 1 - inside // heads_here, first_head + inside % heads_here

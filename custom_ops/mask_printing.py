@@ -1,0 +1,156 @@
+"""Mask expressions as source text: Python over ints and tensors, and Triton device functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from sympy.core.relational import Relational
+from sympy.printing.str import StrPrinter
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from custom_ops.masks import Mask
+
+PREDICATE_ARGUMENTS = "q, k, ints, request_value, query_value, key_value, key_padding"
+BOUNDS_ARGUMENTS = "q_first, q_last, key_len, ints, request_value, query_min, query_max"
+CONSTANTS = {sympy.true: "(k >= 0)", sympy.false: "(k < 0)"}
+"""Constant predicates, elementwise over the keys all the same."""
+
+
+class _Printer(StrPrinter):
+    """Elementwise operators in full parentheses: ``&`` binds tighter than ``<``. Symbols may be renamed.
+
+    ``floor(a / b)`` prints as ``a // b`` and ``Mod(a, b)`` as ``a % b``. Triton's ``//`` and ``%`` round towards zero,
+    Python's down: they agree where ``a >= 0`` and ``b > 0``, so whatever may be otherwise, going by the assumptions of
+    its symbols, is refused.
+    """
+
+    def __init__(self, maximum: str, minimum: str, names: dict[str, str]) -> None:
+        super().__init__()
+        self._functions = {sympy.Max: maximum, sympy.Min: minimum}
+        self._names = names
+
+    def _print_Symbol(self, e: sympy.Symbol) -> str:
+        return self._names.get(e.name, e.name)
+
+    def _joined(self, e: sympy.Basic, operator: str) -> str:
+        return operator.join(f"({self._print(a)})" for a in sorted(e.args, key=sympy.default_sort_key))
+
+    def _print_And(self, e: sympy.And) -> str:
+        return self._joined(e, " & ")
+
+    def _print_Or(self, e: sympy.Or) -> str:
+        return self._joined(e, " | ")
+
+    def _print_Not(self, e: sympy.Not) -> str:
+        return f"({self._print(e.args[0])}) == 0"
+
+    def _print_Relational(self, e: Relational) -> str:
+        left, right = self._print(e.lhs), self._print(e.rhs)
+        for side in e.args:
+            if not side.is_integer:
+                raise ValueError(
+                    f"{e}: expected integers on both sides, got {side}, which may be a fraction; write floor(a / b)"
+                )
+        return f"{left} {e.rel_op} {right}"
+
+    def _rounded(self, e: sympy.Expr, parts: tuple[sympy.Expr, sympy.Expr], operator: str) -> str:
+        dividend, divisor = parts
+        if not (dividend.is_nonnegative and divisor.is_positive):
+            raise ValueError(
+                f"{e}: expected a dividend that is never negative and a divisor that is always positive, got "
+                f"{dividend} and {divisor}; give their operands a minimum, or divide something else"
+            )
+        return f"(({self._print(dividend)}) {operator} ({self._print(divisor)}))"
+
+    def _print_floor(self, e: sympy.floor) -> str:
+        return self._rounded(e, e.args[0].as_numer_denom(), "//")
+
+    def _print_Mod(self, e: sympy.Mod) -> str:
+        return self._rounded(e, e.args, "%")
+
+    def _print_Pow(self, e: sympy.Pow, rational: bool = False) -> str:
+        if not (e.exp.is_Integer and e.exp.is_positive):
+            return self._print_Function(e)
+        return f"({' * '.join([f'({self._print(e.base)})'] * int(e.exp))})"
+
+    def _print_Function(self, e: sympy.Basic) -> str:
+        raise ValueError(
+            f"{e}: expected +, -, *, floor, Mod, Max and Min of integers, got {type(e).__name__}; write it with those "
+            "(Abs(x) is Max(x, -x))"
+        )
+
+    _print_Abs = _print_ceiling = _print_Piecewise = _print_Function
+
+    def _nested(self, e: sympy.Basic) -> str:
+        first, *rest = sorted(e.args, key=sympy.default_sort_key)
+        text = self._print(first)
+        for a in rest:
+            text = f"{self._functions[type(e)]}({text}, {self._print(a)})"
+        return text
+
+    _print_Max = _nested
+    _print_Min = _nested
+
+
+def python_text(expression: sympy.Basic) -> str:
+    """``expression`` as Python over ints and integer tensors, with ``maximum`` and ``minimum`` in scope."""
+    return CONSTANTS.get(expression) or _Printer("maximum", "minimum", {}).doprint(expression)
+
+
+def triton_text(expression: sympy.Basic, names: dict[str, str] | None = None) -> str:
+    """``expression`` as a Triton expression; ``names`` renames symbols."""
+    return CONSTANTS.get(expression) or _Printer("tl.maximum", "tl.minimum", names or {}).doprint(expression)
+
+
+@functools.cache
+def python_function(expression: sympy.Basic, arguments: tuple[str, ...]) -> Callable[..., Any]:
+    """``expression`` as a Python function of ints and integer tensors, which broadcast; Dynamo can trace it."""
+    scope = {"maximum": _maximum, "minimum": _minimum}
+    return eval(f"lambda {', '.join(arguments)}: {python_text(expression)}", scope)
+
+
+def triton_source(mask: Mask) -> str:
+    """Three Triton device functions as undecorated source, one after the other:
+
+    ``<name>_visible`` the banded predicate, applied to partial tiles; ``<name>_key_visible`` the per-key predicate,
+    applied to every tile; ``<name>_bounds`` the tile bounds clipped to ``0 <= k <= key_len``. Operands arrive by slot:
+    ``ints`` is a tuple in the order of the mask's int operands; a kind's value is broadcast already, and anything where
+    the mask has no such operand.
+    """
+    reads = {o.name: f"ints[{i}]" for i, o in enumerate(mask.int_operands)}
+    reads.update({o.name: "key_padding" if o.boolean else f"{o.kind}_value" for o in mask.operands if o.kind != "int"})
+    per_query = mask.operand("query")
+    if per_query is not None:
+        reads[per_query.lowest.name], reads[per_query.highest.name] = "query_min", "query_max"
+
+    def predicate(suffix: str, condition: sympy.Basic) -> str:
+        return f"def {mask.name}_{suffix}({PREDICATE_ARGUMENTS}):\n    return {triton_text(condition, reads)}\n"
+
+    bounds = mask.tile_bounds()
+    lines = [f"def {mask.name}_bounds({BOUNDS_ARGUMENTS}):"]
+    for end in ("lo_any", "lo_all", "hi_all", "hi_any"):
+        e = getattr(bounds, end)
+        text = "key_len" if e == sympy.oo else triton_text(e, reads)
+        lines.append(f"    {end} = tl.minimum(tl.maximum({text}, 0), key_len)")
+    lines.append("    return lo_any, lo_all, hi_all, hi_any\n")
+    return "\n\n".join([predicate("visible", mask.banded), predicate("key_visible", mask.per_key), "\n".join(lines)])
+
+
+def _maximum(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    return _pairwise(torch.maximum, max, a, b)
+
+
+def _minimum(a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    return _pairwise(torch.minimum, min, a, b)
+
+
+def _pairwise(on_tensors: Callable, on_ints: Callable, a: int | Tensor, b: int | Tensor) -> int | Tensor:
+    like = a if isinstance(a, Tensor) else b
+    if not isinstance(like, Tensor):
+        return on_ints(a, b)
+    return on_tensors(torch.as_tensor(a, device=like.device), torch.as_tensor(b, device=like.device))
