@@ -1,0 +1,40 @@
+"""Compile an FX graph with Inductor, our passes and our lowerings in place, leaving Inductor's global config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from inductor_passes import compat
+from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
+from inductor_passes.graph_pass import Chain
+from inductor_passes.group import GroupForms
+
+HOOK = "post_grad_custom_pre_pass"
+"""Where form ops are grouped: after autograd and decompositions, before Inductor's own post-grad passes."""
+
+
+def compile_with_passes(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> Any:
+    """Compile ``gm``; ``mode`` and ``options`` mean what they mean for Inductor. Returns the compiled callable.
+
+    A pass that the user has in the same hook, through ``options`` or Inductor's config, runs after ours.
+    """
+    if keywords:
+        raise TypeError(f"backend 'lowered_attn': expected mode and options, got also {sorted(keywords)}; remove them")
+    patches: dict[str, Any] = {}
+    if mode is not None and mode != "default":
+        patches.update(compat.mode_options(mode))
+    patches.update({name.replace("-", "_"): value for name, value in (options or {}).items()})
+    users = patches.get(HOOK, getattr(compat.config, HOOK))
+    users_passes = list(users) if isinstance(users, (list, tuple)) else [users] if users is not None else []
+    patches[HOOK] = Chain(GroupForms(), *users_passes) if users_passes else GroupForms()
+    return compat.compile_fx(gm, example_inputs, config_patches=patches)

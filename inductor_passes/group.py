@@ -1,0 +1,69 @@
+"""Form ops to grouped ops: one op for every form, all query heads of a KV head in one tile, one lowering."""
+
+from __future__ import annotations
+
+import torch
+
+from custom_ops.form import Form
+from custom_ops.forms import FORMS
+from inductor_passes import decisions
+from inductor_passes.graph_pass import GraphPass
+
+TORCH_ATTENTION = ("scaled_dot_product", "flex_attention")
+"""Attention ops of torch's own, which ``explain`` reports as left alone."""
+
+
+class GroupForms(GraphPass):
+    """Rewrite every ``lowered_attn::<form>`` to ``lowered_attn::grouped_attention``, its operands sorted into slots."""
+
+    def rewrite(self, graph: torch.fx.Graph) -> int:
+        count = 0
+        for form in FORMS.values():
+            for node in graph.find_nodes(op="call_function", target=form.op.default):
+                _group(node, form)
+                count += 1
+        for node in graph.nodes:
+            if node.op == "call_function" and any(part in str(node.target) for part in TORCH_ATTENTION):
+                _refuse(node)
+        return count
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """The module whose code the node comes from, as in ``model.layers[0]``, or an empty string where FX does not
+    say.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _refuse(node: torch.fx.Node) -> None:
+    decisions.record(
+        decisions.Decision(
+            "refused", str(node.target), node.name,
+            "torch's own attention op, left as it is: only the ops in torch.ops.lowered_attn are grouped, "
+            "which blocks made with backend='lowered' call",
+            {"module": module_of(node)},
+        )
+    )  # fmt: skip
+
+
+def _group(node: torch.fx.Node, form: Form) -> None:
+    query, key, value, *arguments = node.args
+    operands = dict(zip(form.operand_names, arguments, strict=False))
+    operands.update({name: argument for name, argument in node.kwargs.items() if name != "scale"})
+    slots = form.slots({name: operands.get(name) for name in form.operand_names})  # type: ignore[misc]
+    q_example = query.meta["val"]  # type: ignore[union-attr]
+    q_shape, k_shape = q_example.shape, key.meta["val"].shape  # type: ignore[union-attr]
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = int(q_shape[3]) ** -0.5
+    node.target = torch.ops.lowered_attn.grouped_attention.default
+    node.args = (query, key, value, *slots[:-1], form.name, list(slots.ints), scale)
+    node.kwargs = {}
+    group = q_shape[1] // k_shape[1]
+    decisions.record(
+        decisions.Decision(
+            "grouped", form.name, node.name, f"grouped_attention over {k_shape[1]} KV heads, {group} query heads each",
+            {"module": module_of(node), "query": tuple(q_shape), "key": tuple(k_shape), "dtype": q_example.dtype},
+        )
+    )  # fmt: skip

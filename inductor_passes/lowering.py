@@ -1,0 +1,153 @@
+"""The lowering of ``lowered_attn::grouped_attention``.
+
+A grouped Triton template on a GPU, torch's flash kernel on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+
+from custom_ops.cpu import is_plain_causal
+from custom_ops.form import Slots
+from custom_ops.forms import FORMS
+from custom_ops.kernels.specialise import constants, may_be_full
+from custom_ops.kernels.tile_config import TileConfig, forward_config, heads_together
+from custom_ops.masks import Mask
+from inductor_passes import compat, decisions
+from inductor_passes.templates import attention_template
+
+CANDIDATES = tuple(
+    TileConfig(block_m, block_n, warps, stages)
+    for block_m, block_n, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4))
+    for stages in (2, 3)
+)
+"""Tilings that ``max_autotune`` times beside the shipped one; those that do not fit a GPU drop out by themselves."""
+
+OP = torch.ops.lowered_attn.grouped_attention.default
+
+
+@compat.register_lowering(OP, type_promotion_kind=None)
+def lower_grouped_attention(
+    query: Any, key: Any, value: Any,
+    key_padding: Any, q_start: Any, query_value: Any, key_value: Any, request_value: Any,
+    form_name: str, ints: list[Any], scale: float,
+) -> tuple[Any, Any]:  # fmt: skip
+    """``(out, lse)`` of one grouped op as Inductor IR."""
+    form = FORMS[form_name]
+    slots = Slots(
+        key_padding, q_start, query_value, key_value, request_value, tuple(compat.static_int(i) for i in ints)
+    )
+    mask = form.mask_of(slots)
+    device = query.get_device()
+    if device.type != "cuda":
+        return _lower_on_cpu(mask, query, key, value, slots, form_name, scale)
+    return _lower_to_template(mask, query, key, value, slots, form_name, scale)
+
+
+def _record(form_name: str, detail: str, **facts: object) -> None:
+    decisions.record(decisions.Decision("lowered", form_name, compat.current_node().name, detail, facts))
+
+
+def _lower_on_cpu(
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float
+) -> tuple[Any, Any]:
+    """Plain causal attention is torch's own op, at torch's own speed; everything else is the CPU path in chunks."""
+    query_len, key_len = query.get_size()[2], key.get_size()[2]
+    same_dim = compat.static_int(query.get_size()[3]) == compat.static_int(value.get_size()[3])
+    not_empty = compat.known_true(sympy.Gt(query_len, 0)) and compat.known_true(sympy.Gt(query.get_size()[0], 0))
+    if same_dim and not_empty and compat.known_true(sympy.Eq(query_len, key_len)) and is_plain_causal(mask, slots):
+        _record(form_name, "torch's CPU flash attention, causal", kernel="cpu_flash")
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        out, lse = compat.lower(op, query, key, value, 0.0, True, scale=scale)
+        return out, lse
+    _record(
+        form_name, "torch's CPU flash attention, in chunks of queries cut to the keys they see", kernel="cpu_chunks"
+    )
+    out, lse = compat.fallback(OP)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale)
+    return out, lse
+
+
+def _lower_to_template(
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float
+) -> tuple[Any, Any]:
+    """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates."""
+    device, dtype = query.get_device(), query.get_dtype()
+    batch, heads, query_len, _ = query.get_size()
+    kv_heads, head_dim, value_dim = (
+        compat.static_int(s) for s in (key.get_size()[1], key.get_size()[3], value.get_size()[3])
+    )
+    heads = compat.static_int(heads)
+    out_size = [batch, query_len, heads, value_dim]
+    lse_size = [batch, heads, query_len]
+    if any(compat.known_true(sympy.Eq(size, 0)) for size in (batch, query_len)):
+        _record(form_name, "nothing to compute: no queries", kernel="none")
+        out = compat.empty_strided(out_size, dtype, device)
+        return compat.permute(out, (0, 2, 1, 3)), compat.empty_strided(lse_size, torch.float32, device)
+    query, key, value = (compat.unit_last_stride(t) for t in compat.realize_inputs(query, key, value))
+    operands = {
+        name: compat.contiguous(t)
+        for name, t in zip(attention_template.OPERANDS, (slots.q_start, *slots[2:5], slots.key_padding), strict=True)
+        if t is not None
+    }
+    lse = compat.empty_strided(lse_size, torch.float32, device)
+    writes_lse = _is_used(1)
+    layout = compat.ir.FixedLayout(device, dtype, out_size)
+    fixed = constants(mask, slots, group=heads // kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    shared = {
+        **fixed,
+        "PRECISION": repr(fixed["PRECISION"]),  # templates print values as source text
+        "KV_HEADS": kv_heads,
+        "SCALE": scale,
+        "INTS": slots.ints or (0,),
+        "WRITES_LSE": writes_lse,
+        "HEADS_TOGETHER": _heads_together(device, batch, kv_heads, key, head_dim + value_dim, dtype),
+    }
+    inputs = [query, key, value, *([lse] if writes_lse else []), *operands.values()]
+    template = attention_template.template_of(mask, tuple(operands), writes_lse)
+    architecture = _architecture(device)
+    width = mask.width_for(slots.ints)
+    config = forward_config(architecture, dtype, head_dim, value_dim, width)
+    configs = [config]
+    if compat.config.max_autotune:
+        configs += [c for c in CANDIDATES if c != config]
+    choices: list[Any] = []
+    for c in configs:
+        error = template.maybe_append_choice(
+            choices, input_nodes=inputs, layout=layout, call_sizes=query.get_size(),
+            mutated_inputs=[lse] if writes_lse else None,
+            num_stages=c.num_stages, num_warps=c.num_warps, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+            MAY_BE_FULL=may_be_full(mask, slots.ints, c.block_n), **shared,
+        )  # fmt: skip
+        if error is not None and len(configs) == 1:
+            raise error
+    out = compat.select(template.name, choices, inputs, layout)
+    _record(
+        form_name, _sentence(configs), kernel="triton_grouped", template=template.name,
+        configs=[str(c) for c in configs], architecture=architecture, writes_lse=writes_lse,
+    )  # fmt: skip
+    return compat.permute(out, (0, 2, 1, 3)), lse
+
+
+def _sentence(configs: list[TileConfig]) -> str:
+    if len(configs) == 1:
+        return f"grouped Triton template, {configs[0]}"
+    return f"grouped Triton template, best of {len(configs)} tilings by autotuning"
+
+
+def _is_used(output: int) -> bool:
+    """Whether anything reads this output of the node being lowered."""
+    return any(user.args[1] == output and user.users for user in compat.current_node().users)
+
+
+def _heads_together(device: torch.device, batch: Any, kv_heads: int, key: Any, dims: int, dtype: torch.dtype) -> int:
+    bytes_a_head = compat.size_hint(key.get_size()[2]) * dims * dtype.itemsize
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return heads_together(l2_bytes, compat.size_hint(batch) * kv_heads, bytes_a_head)
+
+
+def _architecture(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,1 @@
+"""Inductor's frames around the kernels of ``custom_ops.kernels``."""
