@@ -1,0 +1,79 @@
+"""Backends: how a form's attention is run. One module each; a new one is its file and its line in BACKENDS.
+
+Every backend takes the same tensors. q is [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv], Hq a
+multiple of Hkv; operands are the form's own, by name, as its op documents them. The result is [B, Hq, Lq, Dv]
+in q's dtype. A query that sees no key gives 0 and has zero gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from custom_ops.form import Form
+from custom_ops.masks import OperandValue
+from lowered_attn.backends import flex, lowered, reference, sdpa
+
+Operands = Mapping[str, OperandValue]
+
+
+class Backend(Protocol):
+    """What each module in BACKENDS provides."""
+
+    NAME: str
+
+    def unsupported_reasons(
+        self, form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Operands
+    ) -> list[str]:
+        """Return every reason why `run` cannot take these inputs; an empty list when it can."""
+
+    def run(
+        self, form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Operands, scale: float | None = None
+    ) -> Tensor:
+        """Return the attention output [B, Hq, Lq, Dv]; `scale` None means 1 / sqrt(D)."""
+
+
+_MODULES: tuple[Backend, ...] = (lowered, sdpa, flex, reference)
+BACKENDS: dict[str, Backend] = {module.NAME: module for module in _MODULES}
+
+
+class UnsupportedBackendError(ValueError):
+    """The backend that was asked for cannot run these inputs. Nothing else was run in its place."""
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend called `name`; ValueError, listing the names, if there is none."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return BACKENDS[name]
+
+
+def run_attention(
+    backend: str,
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Operands,
+    scale: float | None = None,
+) -> Tensor:
+    """Run `form` on exactly the backend asked for; shapes as in the module's docstring.
+
+    Raises ValueError for inputs that the form refuses, and UnsupportedBackendError, with every reason and the
+    backends that would do, for inputs that this backend cannot run. It never falls back to another one.
+    """
+    chosen = get_backend(backend)
+    form.check(q, k, v, dict(operands))
+    reasons = chosen.unsupported_reasons(form, q, k, v, operands)
+    if reasons:
+        able = [
+            name for name, other in BACKENDS.items() if not other.unsupported_reasons(form, q, k, v, operands)
+        ]
+        raise UnsupportedBackendError(
+            f"backend={backend!r} cannot run {form.name}: {'; '.join(reasons)}. "
+            f"Backends that can: {', '.join(map(repr, able)) or 'none'}. "
+            + (f"Pass backend={able[0]!r}, or change the inputs." if able else "Change the inputs.")
+        )
+    return chosen.run(form, q, k, v, operands, scale)

@@ -1,0 +1,36 @@
+"""The form's own op in `torch.ops.lowered_attn`: a kernel when eager, a template under Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from custom_ops.form import Form
+from custom_ops.masks import OperandValue
+
+NAME = "lowered"
+DEVICES = ("cpu", "cuda", "meta")
+
+
+def unsupported_reasons(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]
+) -> list[str]:
+    """Only devices that the ops have no kernel for are refused."""
+    if q.device.type in DEVICES:
+        return []
+    known = " and ".join(DEVICES)
+    return [f"torch.ops.lowered_attn.{form.name} has kernels for {known}, got {q.device.type}"]
+
+
+def run(
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Mapping[str, OperandValue],
+    scale: float | None = None,
+) -> Tensor:
+    """Call the op; return [B, Hq, Lq, Dv], token-major in memory, so that merging the heads is a view."""
+    out, _ = form.op(q, k, v, **operands, scale=scale)
+    return out
