@@ -1,4 +1,4 @@
-"""Checks of what callers pass, before any kernel starts. Every message names the operand, what was expected, what came, the remedy."""
+"""Checks of calls, before any kernel starts: messages name the operand, what was expected, what came, the remedy."""
 
 from __future__ import annotations
 

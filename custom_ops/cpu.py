@@ -1,8 +1,8 @@
-"""The CPU path of every form: torch's CPU flash kernel, in chunks of queries cut to the keys that the mask lets them see.
+"""The CPU path of every form: torch's CPU flash kernel, in chunks of queries cut to the keys that they see.
 
-No ``[Lq, Lk]`` tensor is ever whole in memory: a chunk's mask in the forward, and its scores of all heads in the backward, hold at most
-``CHUNK_ELEMENTS`` elements (or 16 queries, where those have more). A forward chunk that sees all of its keys has no mask. The backward
-recomputes the weights of a chunk from the saved log-sum-exp.
+No ``[Lq, Lk]`` tensor is ever whole in memory: a chunk's mask in the forward, and its scores of all heads in the
+backward, hold at most ``CHUNK_ELEMENTS`` elements (or 16 queries, where those have more). A forward chunk that sees
+all of its keys has no mask. The backward recomputes the weights of a chunk from the saved log-sum-exp.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Chunk(NamedTuple):
 
 
 def is_plain_causal(mask: Mask, slots: Slots) -> bool:
-    """Whether the mask is ``k <= q``, with positions from 0 and nothing else: for as many queries as keys, torch's ``is_causal``."""
+    """Whether the mask is ``k <= q`` with positions from 0: torch's ``is_causal`` for as many queries as keys."""
     return slots[:-1] == (None,) * 5 and mask.interval() == (sympy.S.Zero, q + 1)
 
 
@@ -74,9 +74,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for CPU tensors.
 
-    With weights ``P = exp(scale * Q K^T - lse)``: ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``, ``dQ = scale * dS K``,
-    ``dK = scale * dS^T Q``. The query heads of a group are rows of one product, so dK and dV sum over the group by themselves.
-    Low-precision inputs are computed in fp32.
+    With weights ``P = exp(scale * Q K^T - lse)``: ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``,
+    ``dQ = scale * dS K``, ``dK = scale * dS^T Q``. The query heads of a group are rows of one product, so dK and dV
+    sum over the group by themselves. Low-precision inputs are computed in fp32.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, query_len, head_dim = query.shape
@@ -157,7 +157,8 @@ def _chunks(
         cut = dict(operands)
         for operand in mask.operands:
             if operand.kind in ("query", "key"):
-                cut[operand.name] = operands[operand.name][:, rows if operand.kind == "query" else keys]  # type: ignore[index]
+                part = rows if operand.kind == "query" else keys
+                cut[operand.name] = operands[operand.name][:, part]  # type: ignore[index]
         rows_at = positions if starts is None else starts[:, None] + positions
         yield _Chunk(rows, keys, mask.dense(rows_at, key_positions[keys], cut))
 

@@ -79,7 +79,7 @@ def _refuse_gradients(name: str, instead: str) -> Callable[..., NoReturn]:
 
 for _name, _run, _fake, _instead in (
     ("grouped_attention", _forward, _forward_fake, "call the form op: compiler passes make this one after autograd"),
-    ("attention_backward", _backward, _backward_fake, "there is no second derivative: use backend='reference', which has one"),
+    ("attention_backward", _backward, _backward_fake, "there is no second derivative: backend='reference' has one"),
 ):
     library.impl(_name, _run, "CPU")
     library.impl(_name, _run, "CUDA")

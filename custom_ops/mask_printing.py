@@ -126,7 +126,9 @@ def triton_source(mask: Mask) -> str:
     reads.update({o.name: "key_padding" if o.boolean else f"{o.kind}_value" for o in mask.operands if o.kind != "int"})
     per_query = mask.operand("query")
     if per_query is not None:
-        reads[per_query.lowest.name], reads[per_query.highest.name] = "query_min", "query_max"
+        # In 64 bits: "no segment" may be the greatest int32, and a bound is one more.
+        reads[per_query.lowest.name] = "tl.cast(query_min, tl.int64)"
+        reads[per_query.highest.name] = "tl.cast(query_max, tl.int64)"
 
     def predicate(suffix: str, condition: sympy.Basic) -> str:
         return f"def {mask.name}_{suffix}({PREDICATE_ARGUMENTS}):\n    return {triton_text(condition, reads)}\n"
@@ -136,7 +138,8 @@ def triton_source(mask: Mask) -> str:
     for end in ("lo_any", "lo_all", "hi_all", "hi_any"):
         e = getattr(bounds, end)
         text = "key_len" if e == sympy.oo else triton_text(e, reads)
-        lines.append(f"    {end} = tl.minimum(tl.maximum({text}, 0), key_len)")
+        clipped = f"tl.minimum(tl.maximum({text}, 0), key_len)"
+        lines.append(f"    {end} = {f'tl.cast({clipped}, tl.int32)' if 'tl.int64' in text else clipped}")
     lines.append("    return lo_any, lo_all, hi_all, hi_any\n")
     return "\n\n".join([predicate("visible", mask.banded), predicate("key_visible", mask.per_key), "\n".join(lines)])
 

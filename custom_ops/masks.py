@@ -417,6 +417,10 @@ def _checked(name: str, visible: sympy.Basic, operands: tuple[Operand, ...]) -> 
     kinds = [f"{o.kind}{' (boolean)' * o.boolean}" for o in tensors]
     one_each = len(kinds) == len(set(kinds))
     expect(one_each, "one tensor operand of a kind", f"{[o.name for o in tensors]} of kinds {kinds}", "make them one")
+    relation = sympy.Dummy()
+    bare = visible.xreplace(dict.fromkeys(visible.atoms(Relational), relation)).free_symbols - {relation}
+    numbers = sorted(map(str, bare - {o.symbol for o in operands if o.boolean}))
+    expect(not numbers, "comparisons", f"{numbers} as conditions", "compare them with a number")
     for o in operands:
         conjuncts = [c for c in sympy.And.make_args(visible) if o.boolean and o.symbol in c.free_symbols]
         hides = all(c == ~o.symbol for c in conjuncts)

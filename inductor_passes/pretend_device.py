@@ -98,15 +98,15 @@ extern "C" void restore(void* record) {
 """
 
 
-class NoCompilerError(RuntimeError):
-    """There is no C++ compiler, or it could not build the device."""
+class PretendGpuError(RuntimeError):
+    """Something was asked of a pretended GPU that only a real one can answer, or it could not be set up."""
 
 
 @contextlib.contextmanager
 def pretend_cuda_device() -> Iterator[None]:
     """Let C++ code handle fake CUDA tensors, and trace backwards over them, until the context closes.
 
-    Does nothing on a machine with a GPU, whose own guard and hooks serve. Contexts may nest. Raises NoCompilerError
+    Does nothing on a machine with a GPU, whose own guard and hooks serve. Contexts may nest. Raises PretendGpuError
     where the C++ part is not built yet and cannot be.
     """
     if torch.cuda.is_available():
@@ -134,19 +134,21 @@ def _build() -> Path:
     flags = ["-shared", "-fPIC", "-O1", "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}"]
     key = hashlib.sha256("\n".join([_SOURCE, torch.__version__, str(root), *flags]).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"lowered_attn_{os.getuid()}" / f"pretend_device_{key}.so"
-    if target.exists():
+    if target.exists() and target.parent.stat().st_uid == os.getuid():
         return target
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise NoCompilerError("C++ compiler: expected g++, clang++ or the variable CXX, got none; install one")
+        raise PretendGpuError("C++ compiler: expected g++, clang++ or the variable CXX, got none; install one")
     target.parent.mkdir(mode=0o700, exist_ok=True)
+    if target.parent.stat().st_uid != os.getuid():
+        raise PretendGpuError(f"{target.parent}: expected a folder of this user's, got another's; remove it")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, library = Path(folder, "device.cpp"), Path(folder, "device.so")
         source.write_text(_SOURCE)
         command = [compiler, *flags, str(source), "-o", str(library), "-lc10", "-ltorch_cpu"]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode != 0:
-            raise NoCompilerError(f"C++ compiler: expected {' '.join(command)} to succeed, got:\n{built.stderr}")
+            raise PretendGpuError(f"C++ compiler: expected {' '.join(command)} to succeed, got:\n{built.stderr}")
         # Several processes may build at once; the last rename wins and all files are the same.
         library.replace(target)
     return target

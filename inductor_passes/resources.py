@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from inductor_passes.pretend_gpu import CompiledKernel, compile_with_triton, gpu_facts, pretend_gpu
+from inductor_passes.gpu_facts import gpu_facts
+from inductor_passes.pretend_gpu import CompiledKernel, compile_with_triton, pretend_gpu
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")

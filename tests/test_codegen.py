@@ -1,0 +1,154 @@
+"""The GPU code that torch.compile generates for named cases, compiled to machine code without a GPU.
+
+The generated Triton is kept in tests/expected/<torch minor version>/<case>.txt. After an intended change, rewrite the
+files with each supported torch, and read the diff:
+
+    EXPECTTEST_ACCEPT=1 python -m pytest tests/test_codegen.py
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton compiles the generated code")
+
+from inductor_passes.pretend_gpu import Generated
+from inductor_passes.resources import Resources, compile_kernel
+from tools import inspect as inspector
+from tools.cases import CASES
+
+ACCEPT = os.environ.get("EXPECTTEST_ACCEPT") == "1"
+EXPECTED = Path(__file__).parent / "expected" / ".".join(torch.__version__.split(".")[:2])
+KERNELS = Path(__file__).parent.parent / "custom_ops" / "kernels"
+KEPT = ("causal_prefill", "sliding_prefill", "segment_cross_small")
+ODD = ("causal_d80", "causal_d96", "causal_d192", "causal_d256", "causal_gqa7")
+
+
+@functools.cache
+def generated(name: str, arch: str) -> Generated:
+    """One compile a case and architecture, shared by all tests of this file."""
+    return inspector.generate_case(CASES[name], arch)
+
+
+@functools.cache
+def resources(name: str, arch: str) -> Resources:
+    """What the case's one kernel costs."""
+    (source,) = generated(name, arch).kernels.values()
+    return compile_kernel(source, arch)
+
+
+def readable(source: str) -> str:
+    """The generated module as it is kept: without hashes, settings and the functions copied from custom_ops/kernels."""
+    source = re.sub(r"^inductor_meta=.*$", "inductor_meta=...", source, flags=re.MULTILINE)
+    ours = "\n".join(path.read_text() for path in sorted(KERNELS.glob("*.py")))
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and "\n".join(lines[node.lineno - 1 : node.end_lineno]) in ours:
+            decorator = node.decorator_list[0].lineno
+            del lines[decorator - 1 : node.end_lineno]
+    kept = "\n".join(line.rstrip() for line in lines).strip()
+    return re.sub(r"\n{3,}", "\n\n", kept) + "\n"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_generated_triton_is_the_kept_one(name: str) -> None:
+    (source,) = generated(name, "sm_90").kernels.values()
+    got, path = readable(source), EXPECTED / f"{name}.txt"
+    if ACCEPT:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(got)
+    if not EXPECTED.exists():
+        pytest.skip(f"tests/expected has nothing for torch {EXPECTED.name}; EXPECTTEST_ACCEPT=1 writes it")
+    wanted = path.read_text() if path.exists() else ""
+    difference = difflib.unified_diff(wanted.splitlines(), got.splitlines(), "kept", "generated", lineterm="", n=2)
+    assert got == wanted, "\n".join(["EXPECTTEST_ACCEPT=1 accepts this change:", *difference])
+
+
+@pytest.mark.parametrize("name", [*KEPT, *ODD])
+def test_a_case_is_one_triton_kernel(name: str) -> None:
+    made = generated(name, "sm_90")
+    assert len(made.kernels) == 1
+    # Nothing else is launched: no fallback to an op, no library call.
+    calls = made.wrapper.split("def call(", 1)[1]
+    assert re.findall(r"\w+\.run\(", calls) == [f"{next(iter(made.kernels))}.run("]
+    assert "torch.ops." not in calls and "extern_kernels." not in calls
+
+
+@pytest.mark.parametrize("name", [*KEPT, *ODD])
+def test_hopper_code_uses_wgmma_and_does_not_spill(name: str) -> None:
+    kernel = resources(name, "sm_90")
+    assert ".target sm_90a" in kernel.ptx
+    assert kernel.wgmma > 0 and kernel.mma == 0 and kernel.tcgen05 == 0
+    assert kernel.problems == []
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_ampere_code_uses_mma_sync_and_does_not_spill(name: str) -> None:
+    kernel = resources(name, "sm_80")
+    assert re.search(r"\.target sm_80\b", kernel.ptx)
+    assert kernel.mma > 0 and kernel.wgmma == 0
+    assert kernel.problems == []
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_blackwell_code_uses_tcgen05_and_does_not_spill(name: str) -> None:
+    kernel = resources(name, "sm_100")
+    assert ".target sm_100a" in kernel.ptx
+    assert kernel.tcgen05 > 0 and kernel.wgmma == 0
+    assert kernel.problems == []
+
+
+def test_a_training_case_generates_a_forward_and_a_backward() -> None:
+    made = generated("train_causal_small", "sm_90")
+    assert made.wrapper.count("def call(") == 2
+    assert "lowered_attn.attention_backward" in made.wrapper.split("def call(")[2]
+    # The backward reads the log-sum-exp, so this forward writes it.
+    assert "WRITES_LSE : tl.constexpr = True" in next(iter(made.kernels.values()))
+
+
+@pytest.mark.parametrize("name", ["sliding_prefill", "segment_cross_small", "train_causal_small"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_eager_kernels_use_tensor_cores_and_fit(name: str, arch: str) -> None:
+    kernels = {kernel.kernel: kernel for kernel in inspector.eager_kernels(CASES[name], arch)}
+    backward = ["delta_kernel", "query_gradient_kernel", "key_value_gradient_kernel"]
+    assert list(kernels) == ["forward_kernel", *(backward if CASES[name].backward else [])]
+    kernels.pop("delta_kernel", None)  # it has no product of matrices
+    for kernel in kernels.values():
+        assert (kernel.wgmma > 0) == (arch == "sm_90") and (kernel.mma > 0) == (arch == "sm_80")
+        # Strides and lengths are known only at run time here, so a few registers may spill.
+        assert [problem for problem in kernel.problems if not problem.startswith("spills")] == []
+
+
+def test_the_command_prints_source_ptx_or_resources(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--case", "segment_cross_small", "--arch", "sm_90"]
+    assert inspector.main(command) == 0
+    assert "@triton.jit" in capsys.readouterr().out
+    assert inspector.main([*command, "--ptx"]) == 0
+    printed = capsys.readouterr().out
+    assert "@triton.jit" in printed and "wgmma.mma_async" in printed
+    assert inspector.main([*command, "--resources"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["kernel", "registers", "spills", "shared memory", "wgmma", "mma"]
+    assert [line.partition(": ")[0] for line in lines] == names
+    assert all(re.fullmatch(r"[a-z ]+: \d+", line) for line in lines[1:])
+    assert inspector.main([*command, "--eager"]) == 0
+    assert capsys.readouterr().out.startswith("kernel: forward_kernel\nregisters: ")
+
+
+def test_the_command_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--case", "causal"], ["--case", "causal_prefill", "--arch", "sm_70"], []):
+        with pytest.raises(SystemExit) as stopped:
+            inspector.main(arguments)
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert ("sm_100" if "sm_70" in arguments else "sliding_prefill") in message
+    assert inspector.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)

@@ -1,0 +1,76 @@
+"""The plot of a results file: a panel a case, a bar a variant. SVG; needs matplotlib (the `bench` extra)."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from tools.report import Document, digest, is_memory_bound, is_timed, rate
+
+COLUMNS = 2
+OURS, OURS_EAGER, PEER, INK = "#c2410c", "#fdba74", "#cbd5e1", "#1f2937"
+BAR_HEIGHT_IN, HEAD_IN = 0.24, 0.62
+"""Height of a bar, and of a panel's title and margins, in inches."""
+
+
+def draw(document: Document) -> str:
+    """SVG text with the rate of every variant that gave a right result, fastest first.
+
+    A case without one is left out. Each panel has its own scale from 0. The same data gives the same bytes
+    with the same matplotlib.
+    """
+    panels = [
+        (case, sorted((row for row in case["rows"] if is_timed(row)), key=lambda row: row["ms"]))
+        for case in document["cases"]
+    ]
+    panels = [(case, rows) for case, rows in panels if rows]
+    memory_bound = [is_memory_bound(case, document["host"]) for case, _ in panels]
+    count = max(1, math.ceil(len(panels) / COLUMNS))
+    lines = [panels[i * COLUMNS : (i + 1) * COLUMNS] for i in range(count)]
+    slots = [max((len(rows) for _, rows in line), default=1) for line in lines]
+    heights = [HEAD_IN + BAR_HEIGHT_IN * n for n in slots]
+    # Text stays text (small file, searchable); ids are hashed with a fixed salt, so that equal data gives
+    # equal files.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowered-attn", "font.size": 8}):
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained", facecolor="white")
+        axes = figure.subplots(count, COLUMNS, squeeze=False, gridspec_kw={"height_ratios": heights})
+        for index, ax in enumerate(axes.flat):
+            if index < len(panels):
+                _panel(ax, slots[index // COLUMNS], memory_bound[index], *panels[index])
+            else:
+                ax.set_axis_off()
+        out = io.StringIO()
+        host = document["host"]
+        figure.savefig(
+            out,
+            format="svg",
+            metadata={
+                "Date": None,
+                "Title": f"Attention on {host['gpu']}",
+                "Description": f"data {digest(document)}",
+            },
+        )
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _panel(ax: Any, slots: int, memory_bound: bool, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One case's bars, fastest on top, in room for `slots` of them."""
+    rates = [1 / row["ms"] for row in rows]  # within a case every rate is its constant over the time
+    colours = [PEER if not row["ours"] else OURS_EAGER if row["variant"] == "ours-eager" else OURS for row in rows]
+    bars = ax.barh(range(len(rows)), rates, height=0.74, color=colours)
+    ax.bar_label(bars, [f"{rate(row, memory_bound)}, {row['ms']:.3g} ms" for row in rows], padding=3, color=INK)
+    ax.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    for label, row in zip(ax.get_yticklabels(), rows, strict=True):
+        label.set_color(INK)
+        label.set_fontweight("bold" if row["ours"] else "normal")
+    ax.set_ylim(slots - 0.5, -0.5)
+    ax.set_xlim(0, 1.45 * max(rates))  # room for the label of the longest bar
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.spines["left"].set_color("#9ca3af")
+    ax.set_title(case["title"], loc="left", fontsize=9, color=INK)
