@@ -111,9 +111,7 @@ def differentiable(backend: str, device: str) -> bool:
     return backend != "flex" or device != "cpu"
 
 
-def make_inputs(
-    case: Case, dtype: torch.dtype, device: str
-) -> tuple[list[Tensor], dict[str, Tensor | int | None]]:
+def make_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Tensor | int | None]]:
     """q, k, v and the operands of `case`."""
     (q_heads, kv_heads), (queries, keys), (dim, value_dim) = case.heads, case.lengths, case.dims
     shapes = [(q_heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim)]
@@ -138,9 +136,7 @@ def test_outputs_and_gradients_are_as_close_to_fp64_as_the_reference(
 ) -> None:
     form = FORMS[case.form]
     inputs, operands = make_inputs(case, dtype, device)
-    cotangent = torch.randn(BATCH, case.heads[0], case.lengths[0], case.dims[1], dtype=torch.float64).to(
-        device
-    )
+    cotangent = torch.randn(BATCH, case.heads[0], case.lengths[0], case.dims[1], dtype=torch.float64).to(device)
 
     def reference(compute: torch.dtype) -> list[Tensor]:
         def attend(*qkv: Tensor) -> Tensor:
@@ -164,9 +160,7 @@ def test_outputs_and_gradients_are_as_close_to_fp64_as_the_reference(
         results = with_gradients(attend, inputs, cotangent)
     else:
         results = [attend(*inputs)]
-    for name, result, exact, low in zip(
-        "out dq dk dv".split(), results, oracle(), reference(dtype), strict=False
-    ):
+    for name, result, exact, low in zip("out dq dk dv".split(), results, oracle(), reference(dtype), strict=False):
         assert result.dtype == dtype and result.shape == exact.shape
         floor = CANCELLATION + 4 * torch.finfo(dtype).eps * exact.abs().max()
         allowed = 2 * (low.cpu().double() - exact).abs().max() + floor
@@ -217,9 +211,7 @@ def test_nan_in_hidden_keys_reaches_nothing(backend: str, case: Case, device: st
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.id in ("full", "sliding-padded", "cross")], ids=lambda c: c.id
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("full", "sliding-padded", "cross")], ids=lambda c: c.id)
 @on_backends
 def test_a_call_traces_as_one_graph_and_gives_the_same(backend: str, case: Case) -> None:
     form = FORMS[case.form]
@@ -320,9 +312,7 @@ def test_flex_refuses_small_heads_on_cuda() -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_names() -> None:
-    with pytest.raises(
-        ValueError, match="expected one of 'lowered', 'sdpa', 'flex', 'reference', got 'fast'"
-    ):
+    with pytest.raises(ValueError, match="expected one of 'lowered', 'sdpa', 'flex', 'reference', got 'fast'"):
         get_backend("fast")
 
 

@@ -83,9 +83,7 @@ def test_rope_is_complex_rotation_at_each_position() -> None:
     positions = torch.tensor([[0, 1, 2], [7, 100, 5]])
     expected = torch.stack(
         [
-            torch.stack(
-                [torch.stack([rotate(x[b, i, h], int(positions[b, i])) for h in range(2)]) for i in range(3)]
-            )
+            torch.stack([torch.stack([rotate(x[b, i, h], int(positions[b, i])) for h in range(2)]) for i in range(3)])
             for b in range(2)
         ]
     )
@@ -137,10 +135,7 @@ def test_a_self_block_is_its_formula(name: str, kv_heads: int, padded: bool) -> 
     attended = attend_slowly(q, k, normed @ p["attention.v_proj"].T, visible, HEADS, kv_heads)
     expected = x + attended @ p["attention.o_proj"].T
     normed = norm(expected, p["ffn_norm"])
-    expected = (
-        expected
-        + (silu(normed @ p["ffn.gate_proj"].T) * (normed @ p["ffn.up_proj"].T)) @ p["ffn.down_proj"].T
-    )
+    expected = expected + (silu(normed @ p["ffn.gate_proj"].T) * (normed @ p["ffn.up_proj"].T)) @ p["ffn.down_proj"].T
     torch.testing.assert_close(block(x, key_padding=hidden), expected)
 
 
@@ -244,11 +239,7 @@ def test_segment_cross_is_its_formula(lookback: int, with_rope: bool) -> None:
         padding(2, 5, [(0, 0), (1, 3)]),
         padding(2, 13, [(1, 12), (1, 4)]),
     )
-    at = (
-        {"query_positions": owner * 7 + 3, "key_positions": torch.arange(5).mul(7).expand(2, 5)}
-        if with_rope
-        else {}
-    )
+    at = {"query_positions": owner * 7 + 3, "key_positions": torch.arange(5).mul(7).expand(2, 5)} if with_rope else {}
     p = {n.removesuffix(".weight"): w.detach() for n, w in cross.named_parameters()}
 
     def visible(b: int, i: int, j: int) -> bool:
@@ -304,9 +295,7 @@ def test_what_a_padded_query_holds_reaches_no_output_and_no_gradient(backend: st
         (lambda: SegmentCross(32, 24, 32, 4, head_dim=16), ["head_dim", "d_attn // n_heads = 8", "got 16"]),
     ],
 )
-def test_a_bad_size_is_refused_when_the_module_is_built(
-    build: Callable[[], nn.Module], words: list[str]
-) -> None:
+def test_a_bad_size_is_refused_when_the_module_is_built(build: Callable[[], nn.Module], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         build()
     for word in words:
@@ -354,9 +343,7 @@ def call_cross(**changes: Any) -> Tensor:
         ),
     ],
 )
-def test_a_bad_input_is_refused_when_the_module_is_called(
-    call: Callable[[], Tensor], words: list[str]
-) -> None:
+def test_a_bad_input_is_refused_when_the_module_is_called(call: Callable[[], Tensor], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         call()
     for word in ["expected", *words]:

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="lowered_attn")`: entry point, modes, training, dynamic shapes, caches, other people's passes."""
+"""`torch.compile(model, backend="lowered_attn")`: entry point, modes, training, shapes, caches, other passes."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ torch.compile(model, backend="lowered_attn", fullgraph=True)(q, k, v, torch.rand
 from torch._dynamo.utils import counters
 print(json.dumps({{
     "fx_hit": counters["inductor"]["fxgraph_cache_hit"], "fx_miss": counters["inductor"]["fxgraph_cache_miss"],
-    "aot_hit": counters["aot_autograd"]["autograd_cache_hit"], "aot_miss": counters["aot_autograd"]["autograd_cache_miss"],
+    "aot_hit": counters["aot_autograd"]["autograd_cache_hit"],
+    "aot_miss": counters["aot_autograd"]["autograd_cache_miss"],
     "grad": q.grad.sum().item(),
 }}))
 """

@@ -46,9 +46,7 @@ def test_the_defaults_are_regular_and_lowered() -> None:
         ({"lookback": -1}, ["lookback", "at least 0", "-1"]),
     ],
 )
-def test_a_bad_field_is_refused_with_its_name_and_the_remedy(
-    fields: dict[str, Any], words: list[str]
-) -> None:
+def test_a_bad_field_is_refused_with_its_name_and_the_remedy(fields: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         AttentionConfig(**fields)
     for word in ["AttentionConfig", "expected", *words]:
@@ -90,7 +88,5 @@ def test_the_lookback_comes_from_the_argument_or_the_config(
 
 
 def test_two_different_lookbacks_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"lookback: expected cfg\.lookback = 3.*got 2; pass it in one place"
-    ):
+    with pytest.raises(ValueError, match=r"lookback: expected cfg\.lookback = 3.*got 2; pass it in one place"):
         make_segment_cross(32, 32, 32, 2, 2, AttentionConfig(lookback=3))

@@ -88,9 +88,7 @@ def test_backend_example_of_contributing() -> None:
 def test_make_targets_exist() -> None:
     """Every `make` target that README or CONTRIBUTING names is one of the Makefile's."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(
-        re.findall(r"\bmake ([a-z]+)", "".join(text for _, text in blocks(README + CONTRIBUTING, "sh")))
-    )
+    named = set(re.findall(r"\bmake ([a-z]+)", "".join(text for _, text in blocks(README + CONTRIBUTING, "sh"))))
     assert named
     assert named <= targets
 
@@ -98,9 +96,7 @@ def test_make_targets_exist() -> None:
 def test_tools_exist() -> None:
     """Every `python -m tools.x` that README or CONTRIBUTING names is a file."""
     for name in set(re.findall(r"python -m tools\.([a-z_]+)", README + CONTRIBUTING)):
-        assert (ROOT / "tools" / f"{name}.py").exists() or (ROOT / "tools" / name / "__main__.py").exists(), (
-            name
-        )
+        assert (ROOT / "tools" / f"{name}.py").exists() or (ROOT / "tools" / name / "__main__.py").exists(), name
 
 
 def test_results_markers_are_in_place() -> None:

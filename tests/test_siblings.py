@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIBLINGS = ("custom_ops", "inductor_passes")
 
 
-def run_import(
-    folder: Path, path: list[Path], *flags: str, before: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run_import(folder: Path, path: list[Path], *flags: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Import lowered_attn in a fresh process with `path` as PYTHONPATH; `folder` is the working directory."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, *flags, "-c", f"{before}\nimport lowered_attn\nprint(lowered_attn.__file__)"]

@@ -96,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     continue
                 rows.append(measure(shape, dtype, window))
                 row = rows[-1]
-                print(f"{row['form']:12s} {row['dtype']:8s} {row['shape']}: {row['sdpa_over_ours']:.2f}x SDPA", flush=True)
+                print(
+                    f"{row['form']:12s} {row['dtype']:8s} {row['shape']}: {row['sdpa_over_ours']:.2f}x SDPA", flush=True
+                )
     document = {
         "schema": 1,
         "host": {

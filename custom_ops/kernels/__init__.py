@@ -1,1 +1,1 @@
-"""Triton kernels of the forms. Imported at the first CUDA call only: importing ``custom_ops`` must not import triton."""
+"""Triton kernels of the forms, imported at the first CUDA call: importing ``custom_ops`` must not import triton."""

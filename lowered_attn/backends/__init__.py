@@ -24,9 +24,7 @@ class Backend(Protocol):
 
     NAME: str
 
-    def unsupported_reasons(
-        self, form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Operands
-    ) -> list[str]:
+    def unsupported_reasons(self, form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Operands) -> list[str]:
         """Return every reason why `run` cannot take these inputs; an empty list when it can."""
 
     def run(
@@ -65,12 +63,10 @@ def run_attention(
     backends that would do, for inputs that this backend cannot run. It never falls back to another one.
     """
     chosen = get_backend(backend)
-    form.check(q, k, v, dict(operands))
+    form.check(q, k, v, dict(operands), scale)
     reasons = chosen.unsupported_reasons(form, q, k, v, operands)
     if reasons:
-        able = [
-            name for name, other in BACKENDS.items() if not other.unsupported_reasons(form, q, k, v, operands)
-        ]
+        able = [name for name, other in BACKENDS.items() if not other.unsupported_reasons(form, q, k, v, operands)]
         raise UnsupportedBackendError(
             f"backend={backend!r} cannot run {form.name}: {'; '.join(reasons)}. "
             f"Backends that can: {', '.join(map(repr, able)) or 'none'}. "

@@ -24,9 +24,7 @@ LEAST_CUDA_HEAD_DIM = 16
 CPU_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_reasons(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]
-) -> list[str]:
+def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
     """Return what flex_attention refuses about these inputs (torch 2.11 to 2.15)."""
     reasons = []
     if q.device.type == "cpu":
@@ -36,9 +34,7 @@ def unsupported_reasons(
                 "(torch.no_grad() leaves the output alone)"
             )
         if torch.compiler.is_compiling() and q.dtype not in CPU_COMPILED_DTYPES:
-            reasons.append(
-                f"compiled flex_attention takes float32, bfloat16 or float16 on a CPU, got {q.dtype}"
-            )
+            reasons.append(f"compiled flex_attention takes float32, bfloat16 or float16 on a CPU, got {q.dtype}")
     elif q.device.type == "cuda":
         if min(q.shape[3], v.shape[3]) < LEAST_CUDA_HEAD_DIM:
             reasons.append(

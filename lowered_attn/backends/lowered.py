@@ -13,9 +13,7 @@ NAME = "lowered"
 DEVICES = ("cpu", "cuda", "meta")
 
 
-def unsupported_reasons(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]
-) -> list[str]:
+def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
     """Only devices that the ops have no kernel for are refused."""
     if q.device.type in DEVICES:
         return []

@@ -14,9 +14,7 @@ from custom_ops.reference import reference_attention
 NAME = "reference"
 
 
-def unsupported_reasons(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]
-) -> list[str]:
+def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
     """Nothing: the reference runs whatever the form accepts."""
     return []
 

@@ -20,9 +20,7 @@ from lowered_attn.backends.padding import clear_hidden
 NAME = "sdpa"
 
 
-def unsupported_reasons(
-    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]
-) -> list[str]:
+def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
     """Nothing: SDPA has a path for every device, dtype, head dim and mask that a form accepts."""
     return []
 

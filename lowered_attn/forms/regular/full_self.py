@@ -25,7 +25,5 @@ class FullSelf(PreNormBlock):
         head_dim: int | None = None,
         rope_base: float = ROPE_BASE,
     ) -> None:
-        attention = self_attention(
-            FORMS["full_self"], d_model, n_heads, backend, n_kv_heads, head_dim, rope_base
-        )
+        attention = self_attention(FORMS["full_self"], d_model, n_heads, backend, n_kv_heads, head_dim, rope_base)
         super().__init__(d_model, ffn_dim_multiplier, attention)

@@ -86,9 +86,7 @@ class SegmentCross(nn.Module):
             given, missing = ("query_positions", "key_positions")
             if query_positions is None:
                 given, missing = missing, given
-            fail(
-                where, missing, f"positions, since {given} is given", None, f"pass both, or leave out {given}"
-            )
+            fail(where, missing, f"positions, since {given} is given", None, f"pass both, or leave out {given}")
         if query_positions is not None and key_positions is not None:
             check_per_token(where, "query_positions", query_positions, q, "q")
             check_per_token(where, "key_positions", key_positions, kv, "kv")

@@ -27,7 +27,5 @@ class SlidingSelf(PreNormBlock):
         rope_base: float = ROPE_BASE,
     ) -> None:
         check_int("SlidingSelf", "window_size", window_size, 1)
-        attention = self_attention(
-            FORMS["sliding_self"], d_model, n_heads, backend, n_kv_heads, head_dim, rope_base
-        )
+        attention = self_attention(FORMS["sliding_self"], d_model, n_heads, backend, n_kv_heads, head_dim, rope_base)
         super().__init__(d_model, ffn_dim_multiplier, attention, window=window_size)
