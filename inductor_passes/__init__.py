@@ -12,7 +12,10 @@ from typing import Any
 
 from inductor_passes import decisions
 
-__all__ = ["compile_with_passes", "decisions"]
+__all__ = ["LIBRARY_OPTION", "compile_with_passes", "decisions"]
+
+LIBRARY_OPTION = "library_kernels"
+"""The one option of our own in ``torch.compile(..., options=)``: False leaves library kernels out."""
 
 
 def compile_with_passes(gm: Any, example_inputs: Any, **keywords: Any) -> Any:

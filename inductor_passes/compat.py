@@ -33,6 +33,7 @@ __all__ = [
     "known_true",
     "lower",
     "mode_options",
+    "multiple_of",
     "permute",
     "realize_inputs",
     "register_lowering",
@@ -98,6 +99,11 @@ def size_hint(value: Any) -> int:
 def known_true(condition: Any) -> bool:
     """Whether a condition on sizes holds for every value they may take, without a guard."""
     return bool(V.graph.sizevars.statically_known_true(condition))
+
+
+def multiple_of(value: Any, factor: int) -> bool:
+    """Whether a size or stride is a multiple of ``factor`` for every value it may take, without a guard."""
+    return bool(V.graph.sizevars.statically_known_multiple_of(value, factor))
 
 
 def current_node() -> torch.fx.Node:

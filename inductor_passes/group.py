@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from custom_ops.form import Form
+from custom_ops.form import Form, Slots
 from custom_ops.forms import FORMS
 from inductor_passes import decisions
 from inductor_passes.graph_pass import GraphPass
 
 TORCH_ATTENTION = ("scaled_dot_product", "flex_attention")
 """Attention ops of torch's own, which ``explain`` reports as left alone."""
+
+
+OURS = "lowered_attn"
+"""Key in a node's meta: torch's attention op that a pass of ours chose for the form named there."""
 
 
 class GroupForms(GraphPass):
@@ -24,7 +28,8 @@ class GroupForms(GraphPass):
                 count += 1
         for node in graph.nodes:
             if node.op == "call_function" and any(part in str(node.target) for part in TORCH_ATTENTION):
-                _refuse(node)
+                if OURS not in node.meta:
+                    _refuse(node)
         return count
 
 
@@ -47,11 +52,16 @@ def _refuse(node: torch.fx.Node) -> None:
     )  # fmt: skip
 
 
-def _group(node: torch.fx.Node, form: Form) -> None:
-    query, key, value, *arguments = node.args
-    operands = dict(zip(form.operand_names, arguments, strict=False))
+def slots_of(node: torch.fx.Node, form: Form) -> Slots:
+    """The operands of a form op's node by slot: nodes and numbers where tensors and numbers will be."""
+    operands = dict(zip(form.operand_names, node.args[3:], strict=False))
     operands.update({name: argument for name, argument in node.kwargs.items() if name != "scale"})
-    slots = form.slots({name: operands.get(name) for name in form.operand_names})  # type: ignore[misc]
+    return form.slots({name: operands.get(name) for name in form.operand_names})  # type: ignore[misc]
+
+
+def _group(node: torch.fx.Node, form: Form) -> None:
+    query, key, value = node.args[:3]
+    slots = slots_of(node, form)
     q_example = query.meta["val"]  # type: ignore[union-attr]
     q_shape, k_shape = q_example.shape, key.meta["val"].shape  # type: ignore[union-attr]
     scale = node.kwargs.get("scale")

@@ -14,15 +14,22 @@ from custom_ops.cpu import is_plain_causal
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
 from custom_ops.kernels.specialise import constants, may_be_full
-from custom_ops.kernels.tile_config import TileConfig, forward_config, heads_together
+from custom_ops.kernels.tile_config import (
+    DESCRIPTOR_ALIGNMENT,
+    TileConfig,
+    can_use_descriptors,
+    forward_config,
+    heads_together,
+)
 from custom_ops.masks import Mask
 from inductor_passes import compat, decisions
 from inductor_passes.templates import attention_template
 
 CANDIDATES = tuple(
-    TileConfig(block_m, block_n, warps, stages)
-    for block_m, block_n, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4))
+    TileConfig(block_m, block_n, warps, stages, descriptors)
+    for block_m, block_n, warps in ((128, 128, 8), (128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4))
     for stages in (2, 3)
+    for descriptors in (False, True)
 )
 """Tilings that ``max_autotune`` times beside the shipped one; those that do not fit a GPU drop out by themselves."""
 
@@ -109,15 +116,20 @@ def _lower_to_template(
     template = attention_template.template_of(mask, tuple(operands), writes_lse)
     architecture = _architecture(device)
     width = mask.width_for(slots.ints)
-    config = forward_config(architecture, dtype, head_dim, value_dim, width)
+    fits = can_use_descriptors(architecture, slots.key_padding is not None) and all(
+        compat.multiple_of(offset * dtype.itemsize, DESCRIPTOR_ALIGNMENT)
+        for t in (key, value)
+        for offset in (t.get_layout().offset, *t.get_stride()[:3])
+    )
+    config = forward_config(architecture, dtype, head_dim, value_dim, width, fits)
     configs = [config]
     if compat.config.max_autotune:
-        configs += [c for c in CANDIDATES if c != config]
+        configs += [c for c in CANDIDATES if c != config and (fits or not c.descriptors)]
     choices: list[Any] = []
     for c in configs:
         error = template.maybe_append_choice(
             choices, input_nodes=inputs, layout=layout, call_sizes=query.get_size(),
-            mutated_inputs=[lse] if writes_lse else None,
+            mutated_inputs=[lse] if writes_lse else None, DESCRIPTORS=c.descriptors,
             num_stages=c.num_stages, num_warps=c.num_warps, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
             MAY_BE_FULL=may_be_full(mask, slots.ints, c.block_n), **shared,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from custom_ops.form import default_scale, empty_outputs, kernels_for
+from inductor_passes import LIBRARY_OPTION
 from inductor_passes.gpu_facts import GPUS
 from inductor_passes.pretend_gpu import Generated, compile_launches, generate, pretend_gpu
 from inductor_passes.resources import Resources, compile_kernel, read_resources
@@ -40,7 +41,8 @@ def generate_case(case: Case, arch: str) -> Generated:
         def attend(*values: Tensor) -> Tensor:
             return case.form.op(**dict(zip(tensors, values, strict=True)), **integers, scale=case.scale)[0]
 
-        return generate(attend, *tensors.values(), backend=backend)
+        # A library's kernel has no code to show.
+        return generate(attend, *tensors.values(), backend=backend, options={LIBRARY_OPTION: False})
 
 
 def eager_kernels(case: Case, arch: str) -> list[Resources]:

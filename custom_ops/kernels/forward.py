@@ -6,7 +6,7 @@ See ``custom_ops/kernels/tile.py`` for the legend.
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.tile import attend, load_rows, tile_of_program
+from custom_ops.kernels.tile import attend, load_query, tile_of_program
 
 
 # Lengths and counts vary from call to call: a kernel each for 1 and for multiples of 16 would be compiled for nothing.
@@ -19,7 +19,7 @@ def forward_kernel(
     READS_KEYS: tl.constexpr, MAY_BE_FULL: tl.constexpr,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
     HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
-    G: tl.constexpr, HEADS_TOGETHER: tl.constexpr,
+    G: tl.constexpr, HEADS_TOGETHER: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -34,9 +34,8 @@ def forward_kernel(
     query = row // G
     head = kv_head * G + row % G
     row_valid = query < query_len
-    columns = tl.arange(0, D_PAD)
     rows_at = batch.to(tl.int64) * stride_q[0] + head.to(tl.int64) * stride_q[1] + query.to(tl.int64) * stride_q[2]
-    q = load_rows(Q, rows_at, 1, columns, row_valid, D, D_PAD, True)
+    q, q_high = load_query(Q, rows_at, row_valid, D, D_PAD)
     out, lse = attend(
         q, query, row_valid,
         row_tile * BLOCK_M // G, tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // G, query_len - 1), batch,
@@ -46,6 +45,7 @@ def forward_kernel(
         stride_k[2], stride_v[2], Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING, ints, scale,
         VISIBLE, KEY_VISIBLE, BOUNDS, READS_KEYS, MAY_BE_FULL, HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES,
         HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION, BLOCK_M, BLOCK_N, D, D_PAD, DV, DV_PAD,
+        q_high, DESCRIPTORS,
     )  # fmt: skip
     value_columns = tl.arange(0, DV_PAD)
     out_at = batch.to(tl.int64) * stride_out[0] + head.to(tl.int64) * stride_out[1] + query.to(tl.int64) * stride_out[2]

@@ -14,7 +14,14 @@ from custom_ops.kernels import backward as backward_kernels
 from custom_ops.kernels.forward import forward_kernel
 from custom_ops.kernels.mask_functions import mask_functions
 from custom_ops.kernels.specialise import constants, may_be_full
-from custom_ops.kernels.tile_config import TileConfig, backward_config, forward_config, heads_together
+from custom_ops.kernels.tile_config import (
+    DESCRIPTOR_ALIGNMENT,
+    TileConfig,
+    backward_config,
+    can_use_descriptors,
+    forward_config,
+    heads_together,
+)
 
 
 def forward(
@@ -30,7 +37,11 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf"))
     query, key, value = (_unit_last_stride(t) for t in (query, key, value))
     call = _Call(form, query, key, value, slots)
-    config = config or forward_config(call.architecture, query.dtype, query.shape[3], value_dim, call.width)
+    config = config or forward_config(
+        call.architecture, query.dtype, query.shape[3], value_dim, call.width, call.descriptors_fit
+    )
+    if config.descriptors:
+        _set_allocator()
     heads = batch * kv_heads
     grid = (triton.cdiv(query.shape[2] * call.group, config.block_m) * heads,)
     together = heads_together(call.l2_bytes, heads, key_len * (query.shape[3] + value_dim) * query.element_size())
@@ -40,6 +51,7 @@ def forward(
             query.stride()[:3], key.stride()[:3], value.stride()[:3],
             out.stride()[:3], kv_heads, query.shape[2], key_len, heads, call.ints, scale,
             **call.constants, MAY_BE_FULL=may_be_full(call.mask, slots.ints, config.block_n), HEADS_TOGETHER=together,
+            DESCRIPTORS=config.descriptors,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
@@ -134,6 +146,24 @@ class _Call:
             self.l2_bytes = properties.L2_cache_size
         else:  # the interpreter
             self.architecture, self.l2_bytes = 0, 1 << 20
+        self.descriptors_fit = can_use_descriptors(self.architecture, slots.key_padding is not None) and all(
+            _is_aligned(t) for t in (key, value)
+        )
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """Whether every row of every head starts at an address that the bulk copy engine takes."""
+    offsets = (t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:3]))
+    return all(offset % DESCRIPTOR_ALIGNMENT == 0 for offset in offsets)
+
+
+def _set_allocator() -> None:
+    """Descriptors are built by the kernel, in scratch memory that Triton asks torch for: 128 bytes each a program."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+
+    triton.set_allocator(allocate)
 
 
 def _unit_last_stride(t: Tensor) -> Tensor:
