@@ -1,7 +1,8 @@
 """Tile sizes per architecture and shape class: data, no triton.
 
-The sm_90 rows were measured on an H200 (torch 2.11, triton 3.6); the others are sized to fit their shared memory with
-no register spills in the ahead-of-time compile.
+The sm_90 rows were measured on H200s (torch 2.11, triton 3.6, bf16; from one machine to the next they differ by 5 to
+10%). Comments give TFLOP/s of the forward kernel. The others are sized to fit their shared memory with no register
+spills in the ahead-of-time compile.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ INTERPRETED = TileConfig(16, 16, 4, 1)
 
 
 def forward_config(
-    architecture: int, dtype: torch.dtype, head_dim: int, value_dim: int, width: int | None, descriptors_fit: bool
+    architecture: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    width: int | None,
+    descriptors_fit: bool,
 ) -> TileConfig:
     """The shipped tiling of the forward kernel.
 
@@ -52,31 +58,64 @@ def forward_config(
         return INTERPRETED
     wide = max(padded_dim(head_dim), padded_dim(value_dim))
     if dtype == torch.float32:
-        return TileConfig(64, 32, 4, 2) if wide <= 128 else TileConfig(32, 16, 4, 2)
-    if width is not None and width <= 32 and wide <= 128:
-        # One or two tiles a row tile: nothing to pipeline, so small tiles and many of them.
-        return TileConfig(64, 16, 4, 2)
-    if architecture >= 100:
-        return TileConfig(128, 64, 8, 2) if wide <= 128 else TileConfig(128, 32, 8, 2)
-    if architecture >= 90:
-        return _hopper(head_dim, wide, width, descriptors_fit)
+        # IEEE products keep whole rows in registers: 64 x 32 tiles with 4 warps spill 1 to 30 KB a thread.
+        return TileConfig(64, 32, 8, 1) if wide <= 64 else TileConfig(32 if wide <= 128 else 16, 16, 8, 1)
+    if width is not None and width <= 32:
+        return _narrow(wide, width)
+    if architecture == 90:
+        return _hopper(head_dim, value_dim, wide, width, descriptors_fit)
+    if architecture in (100, 103):
+        return _blackwell(wide, width, descriptors_fit)
+    # sm_80, and sm_86, sm_89 and sm_120 with their 99 KB of shared memory a block.
+    if width is not None and width <= 512 and wide <= 128:
+        return TileConfig(64, 32, 4, 3)
     if wide <= 64:
         return TileConfig(128, 64, 8, 3)
     return TileConfig(128, 32, 8, 3) if wide <= 128 else TileConfig(64, 32, 8, 2)
 
 
-def _hopper(head_dim: int, wide: int, width: int | None, descriptors_fit: bool) -> TileConfig:
+def _narrow(wide: int, width: int) -> TileConfig:
+    """One or two key tiles a row tile: nothing to pipeline, so small tiles and many of them.
+
+    Segments, B8 H16/16 Lq8192 Lk1024 D64 lookback 4, of which moving q and out is 62 us: 116 us with 64 x 16 tiles,
+    128 with 128 x 32, 131 with 64 x 32; FlexAttention 807.
+    """
+    warps = 4 if wide <= 128 else 8
+    return TileConfig(64, 16, warps, 2) if width <= 16 else TileConfig(64, 32, warps, 2)
+
+
+def _hopper(head_dim: int, value_dim: int, wide: int, width: int | None, descriptors_fit: bool) -> TileConfig:
+    cut = head_dim <= padded_dim(head_dim) * 3 // 4  # by load_query
+    descriptors = descriptors_fit and not cut
+    if width is not None and width <= 512 and wide <= 128:
+        # Window 256, B4 H32/8 S4096 D128: descriptors 241 (64 keys a tile 199), pointers 215 (201); FA3 253.
+        return TileConfig(64, 32, 4, 3, descriptors and wide == 128)
     if wide <= 64:
-        return TileConfig(128, 64, 8, 3)  # pointers: 2% ahead of descriptors at D 64
-    if wide <= 128:
-        if not descriptors_fit or head_dim <= 96:
-            return TileConfig(128, 64, 8, 3)  # 5 to 18% ahead at 80 and 96, which load_query cuts
-        if width is None:
-            return TileConfig(128, 128, 8, 2, descriptors=True)  # at S 16384, 6% ahead of 64 keys, 15% of pointers
-        # A window's partial tiles cost as much as full ones: small tiles waste less of them.
-        return TileConfig(64, 32 if width <= 256 else 64, 4, 3, descriptors=True)
-    if head_dim <= 192:  # cut in 128 and the rest: see load_query
+        # B4 H32/32 S4096 D64: 391 to 419; 64 x 64 tiles 354 to 390, descriptors 361 to 405; cuDNN 405 to 433, Flex
+        # 330 to 350.
         return TileConfig(128, 64, 8, 3)
+    if wide <= 128:
+        if not descriptors:
+            # B4 H32/8 S4096 D128: 431 to 454; D 96 373, D 80 316, where descriptors reach 355 and 311.
+            return TileConfig(128, 64, 8, 3)
+        # S4096: 436 to 507, Flex 377 to 385; window 1024 S16384: 367 to 397, with 32 keys a tile 364 to 399, Flex 314
+        # to 317. At S 16384 it reaches 490 to 509 and 128 x 128 tiles of 8 warps in 3 stages 535 to 597, but those
+        # spill (12 to 76 bytes), and in 2 stages, without spills, they reach 480.
+        return TileConfig(64, 64, 4, 3, descriptors=True)
+    if cut:
+        # D192/128 B1 H32 S8192: 448 to 503, by descriptors 463 to 495.
+        return TileConfig(128, 64, 8, 3) if value_dim <= 128 else TileConfig(128, 32, 8, 3)
+    # B2 H16/4 S4096 D256: descriptors 446 to 515, pointers 432 to 449.
+    return TileConfig(128, 64, 8, 2, descriptors=True) if descriptors else TileConfig(128, 32, 8, 3)
+
+
+def _blackwell(wide: int, width: int | None, descriptors_fit: bool) -> TileConfig:
+    if width is not None and width <= 512 and wide <= 128:
+        return TileConfig(64, 32, 4, 3)
+    if wide <= 64:
+        return TileConfig(128, 64, 8, 3)
+    if wide <= 128:
+        return TileConfig(128, 64, 8, 3, descriptors=descriptors_fit)
     return TileConfig(128, 64, 8, 2, descriptors=True) if descriptors_fit else TileConfig(128, 32, 8, 2)
 
 
@@ -86,8 +125,14 @@ def backward_config(architecture: int, dtype: torch.dtype, head_dim: int, value_
         return INTERPRETED
     wide = max(padded_dim(head_dim), padded_dim(value_dim))
     if dtype == torch.float32:
-        return TileConfig(32, 32, 4, 1) if wide <= 128 else TileConfig(16, 16, 4, 1)
-    return TileConfig(64, 64, 8, 1) if wide <= 128 else TileConfig(32, 32, 4, 1)
+        return TileConfig(32, 32, 4, 1) if wide <= 64 else TileConfig(16, 16, 4, 1)
+    if wide > 128:
+        return TileConfig(32, 32, 8, 1)
+    if architecture not in (90, 100, 103):
+        return TileConfig(64, 64, 8, 1)
+    # Milliseconds on an H200. B4 H32/32 S4096 D64: 2.9; 128 x 64 with 8 warps 3.6, 64 x 64 with 8 warps 6.0; cuDNN 1.8.
+    # B4 H32/8 S4096 D128: 5.1; 64 x 64 with 4 warps 5.3, with 8 warps 10.0; cuDNN 3.0.
+    return TileConfig(64, 64, 4, 1) if wide <= 64 else TileConfig(128, 64, 8, 2)
 
 
 def can_use_descriptors(architecture: int, has_key_padding: bool) -> bool:
@@ -99,6 +144,8 @@ def heads_together(l2_bytes: int, heads: int, bytes_a_head: int) -> int:
     """How many (batch, KV head) pairs run side by side: as many as keep their K and V in a quarter of L2.
 
     A quarter, because tiles of neighbouring groups overlap in time. A power of two, so that few kernels are compiled.
+    On an H200 1, 4 and 8 heads together differ by 2% at 2 MB a head and 32 are 4 to 8% slower; at 1 MB, 8 beat 1 by 2
+    to 5%.
     """
     fitting = max(1, min(heads, l2_bytes // 4 // max(bytes_a_head, 1)))
     return 1 << (fitting.bit_length() - 1)

@@ -271,9 +271,14 @@ def test_cuda_graphs_replay_with_new_inputs_and_operands(name: str, training: bo
             wanted = run(attend, call, grads)
             for field, value in results._asdict().items():
                 if value is not None:
+                    exact = getattr(wanted, field)
+                    # One rounding of the largest result: the epilogue (* 2) sees fp32 here and bf16 there.
+                    seen = exact[exact.isfinite()]
                     torch.testing.assert_close(
                         value,
-                        getattr(wanted, field),
+                        exact,
+                        rtol=0,
+                        atol=torch.finfo(BF16[name].dtype).eps * float(seen.abs().max()),
                         msg=lambda m, f=field, r=replay: f"{f}, replay {r}: {m}",
                     )
     assert counters["inductor"]["cudagraph_skips"] == 0

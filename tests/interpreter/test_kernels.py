@@ -193,7 +193,14 @@ def test_segments_of_either_integer_type_and_out_of_order(dtype: torch.dtype) ->
     call = make(Case("segment_cross", lengths=(37, 21)))
     segments: Tensor = call.operands["query_segments"]
     segments = segments[:, torch.randperm(37)].to(dtype)
-    segments[:, ::5], segments[:, 1::5] = torch.iinfo(torch.int32).max, torch.iinfo(torch.int32).min
+    segments[:, ::5], segments[:, 1::5] = torch.iinfo(dtype).max, torch.iinfo(dtype).min
     call.operands["query_segments"] = segments
     grads = cotangents(call)
     assert_as_exact_as_the_reference(interpret(call, grads), call, grads)
+
+
+@pytest.mark.parametrize("dims", [(40, 40), (72, 128), (80, 48), (96, 96)], ids=str)
+def test_head_dims_that_are_cut_in_two(dims: tuple[int, int]) -> None:
+    """Up to three quarters of a power of two, q and k are multiplied in two parts: 96 is 64 + 32."""
+    call = make(Case("sliding_self", dims=dims))
+    assert_as_exact_as_the_reference(interpret(call), call)
