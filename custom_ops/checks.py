@@ -40,8 +40,6 @@ def check_call(
     _same(op, "dtype", ((name, t.dtype) for name, t in named), "cast q, k and v to one dtype, or use autocast")
     if query.dtype not in FLOAT_DTYPES:
         fail(op, "q, k, v", "float16, bfloat16, float32 (or float64 on a CPU)", str(query.dtype), "cast them")
-    if query.is_cuda and query.dtype == torch.float64:
-        fail(op, "q, k, v", "float16, bfloat16 or float32 on CUDA", "float64", "cast them, or compute on a CPU")
     batch, query_heads, query_len, head_dim = query.shape
     _, kv_heads, key_len, value_dim = value.shape
     if not (batch == key.shape[0] == value.shape[0]):
@@ -80,6 +78,12 @@ def check_call(
             op, "q", f"as many queries as keys ({key_len}) when q_start is None", f"{query_len}",
             "pass q_start, the position of each request's first query among the keys",
         )  # fmt: skip
+
+
+def check_kernels(form: Form, query: Tensor) -> None:
+    """Raise ValueError where the form's own kernels cannot compute a call that the form itself accepts."""
+    if query.is_cuda and query.dtype == torch.float64:
+        fail(form.name, "q, k, v", "float16, bfloat16 or float32 on CUDA", "float64", "cast them, or use a CPU")
 
 
 def _check_operand(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import flops
-from custom_ops.checks import check_call
+from custom_ops.checks import check_call, check_kernels
 from custom_ops.masks import Mask, Operand, OperandValue
 
 NAMESPACE = "lowered_attn"
@@ -150,6 +150,7 @@ def register(form: Form) -> Form:
     ) -> tuple[Tensor, Tensor]:
         operands = bind(arguments)
         form.check(query, key, value, operands, scale)
+        check_kernels(form, query)
         return kernels_for(query.device).forward(
             form, query, key, value, form.slots(operands), default_scale(query, scale)
         )
@@ -158,6 +159,7 @@ def register(form: Form) -> Form:
         query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         form.check(query, key, value, bind(arguments), scale)
+        check_kernels(form, query)
         return empty_outputs(query, value)
 
     def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:

@@ -1,8 +1,7 @@
-"""Every private Inductor name that the passes lean on, and the differences between torch 2.11 and 2.15 behind one
-spelling.
+"""Every private Inductor name that the passes lean on, in one spelling from torch 2.11 to 2.15.
 
-Nothing else in the project imports ``torch._inductor`` or ``torch._dynamo``, except ``pretend_gpu``, which replaces
-parts of them.
+Nothing else in the project imports ``torch._inductor`` or ``torch._dynamo``, except ``pretend_gpu`` and
+``pretend_parts``, which replace parts of them.
 """
 
 from __future__ import annotations

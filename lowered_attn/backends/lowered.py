@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from custom_ops.form import Form
@@ -14,11 +15,13 @@ DEVICES = ("cpu", "cuda", "meta")
 
 
 def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
-    """Only devices that the ops have no kernel for are refused."""
-    if q.device.type in DEVICES:
-        return []
-    known = " and ".join(DEVICES)
-    return [f"torch.ops.lowered_attn.{form.name} has kernels for {known}, got {q.device.type}"]
+    """Only devices that the ops have no kernel for are refused, and float64 on CUDA."""
+    if q.device.type not in DEVICES:
+        known = " and ".join(DEVICES)
+        return [f"torch.ops.lowered_attn.{form.name} has kernels for {known}, got {q.device.type}"]
+    if q.is_cuda and q.dtype == torch.float64:
+        return [f"torch.ops.lowered_attn.{form.name} takes float16, bfloat16 or float32 on CUDA, got float64"]
+    return []
 
 
 def run(
