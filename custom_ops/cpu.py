@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from custom_ops.form import Form, Slots, empty_outputs
 from custom_ops.masks import Mask, q
+from custom_ops.padding import clear_padded
 
 CHUNK = 256
 """Queries a chunk: the CPU flash kernel's own query block for long inputs."""
@@ -45,7 +46,7 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
     query_len, key_len, value_dim = query.shape[2], key.shape[2], value.shape[3]
     if out.numel() == 0 or key_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    key, value = _without_padded(slots, key, value)
+    key, value = clear_padded(key, value, slots.key_padding)
     width = max(query.shape[3], value_dim)  # the CPU kernel wants one head dim for all three
     query, key, value = (pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (query, key, value))
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -85,7 +86,7 @@ def backward(
     dq = query.new_zeros(batch, query_len, heads, head_dim).transpose(1, 2)
     if query.numel() == 0 or key.numel() == 0:
         return dq, _token_major(torch.zeros_like(key)), _token_major(torch.zeros_like(value))
-    kept_key, kept_value = (t.to(dtype) for t in _without_padded(slots, key, value))
+    kept_key, kept_value = (t.to(dtype) for t in clear_padded(key, value, slots.key_padding))
     dk, dv = torch.zeros_like(kept_key), torch.zeros_like(kept_value)
     mask = form.mask_of(slots)
     row_term = lse.new_zeros(lse.shape, dtype=dtype) if grad_lse is None else -grad_lse.to(dtype)
@@ -161,14 +162,6 @@ def _chunks(
                 cut[operand.name] = operands[operand.name][:, part]  # type: ignore[index]
         rows_at = positions if starts is None else starts[:, None] + positions
         yield _Chunk(rows, keys, mask.dense(rows_at, key_positions[keys], cut))
-
-
-def _without_padded(slots: Slots, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros where keys are padded: whatever lies there, NaN too, must reach no product."""
-    if slots.key_padding is None:
-        return key, value
-    hidden = slots.key_padding[:, None, :, None]
-    return key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
 
 
 def _token_major(t: Tensor) -> Tensor:

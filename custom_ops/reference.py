@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_ops.form import Form, default_scale
 from custom_ops.masks import OperandValue
+from custom_ops.padding import clear_padded
 
 
 def query_positions(query: Tensor, operands: Mapping[str, OperandValue]) -> Tensor:
@@ -37,9 +38,7 @@ def reference_attention(
     form.check(query, key, value, dict(operands), scale)
     group = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    padding = operands.get("key_padding")
-    if isinstance(padding, Tensor):
-        k, v = (t.masked_fill(padding[:, None, :, None], 0) for t in (k, v))
+    k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     visible = form.mask.dense(
         query_positions(query, operands),

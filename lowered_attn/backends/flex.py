@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from custom_ops.form import Form
 from custom_ops.masks import OperandValue
-from lowered_attn.backends.padding import clear_hidden
+from custom_ops.padding import clear_padded
 
 NAME = "flex"
 # tl.dot takes no smaller tile: flex's lowering raises below it on CUDA (torch 2.11 to 2.15).
@@ -73,7 +73,7 @@ def _flex(
     operands: Mapping[str, OperandValue],
     scale: float | None,
 ) -> Tensor:
-    k, v = clear_hidden(k, v, operands)
+    k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     q_start = operands.get("q_start")
     mask_mod = form.mask.flex_mask_mod(operands, q_start if isinstance(q_start, Tensor) else None)
     # One mask for the whole batch where no tensor says how requests differ.

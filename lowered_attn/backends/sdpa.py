@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from custom_ops.form import Form
 from custom_ops.masks import OperandValue
+from custom_ops.padding import clear_padded
 from custom_ops.reference import query_positions
-from lowered_attn.backends.padding import clear_hidden
 
 NAME = "sdpa"
 
@@ -37,7 +37,7 @@ def run(
     grouped = q.shape[1] != k.shape[1]
     if form.name == "full_self" and all(value is None for value in operands.values()):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    k, v = clear_hidden(k, v, operands)
+    k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     keys = torch.arange(k.shape[2], device=k.device)
     visible = form.mask.dense(query_positions(q, operands), keys, operands).unsqueeze(1)
     # What SDPA makes of a row of all False depends on the kernel: 0 in some, an average of v in others (torch 2.11
