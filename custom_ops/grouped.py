@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from custom_ops import flops
-from custom_ops.form import NAMESPACE, Slots, empty_outputs, kernels_for, library
+from custom_ops.form import NAMESPACE, Slots, empty_gradients, empty_outputs
 from custom_ops.forms import FORMS
+from custom_ops.op import kernels_for, library
 
 _SLOTS = (
     "Tensor? key_padding, Tensor? q_start, Tensor? query_value, Tensor? key_value, Tensor? request_value, "
@@ -60,12 +61,6 @@ def _backward_fake(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(q, k, v)
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised dq, dk and dv, shaped like q, k and v and token-major in memory."""
-    dq, dk, dv = (t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in (q, k, v))
-    return dq, dk, dv
 
 
 def _refuse_gradients(name: str, instead: str) -> Callable[..., NoReturn]:

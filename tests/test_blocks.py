@@ -320,11 +320,11 @@ def call_cross(**changes: Any) -> Tensor:
         (lambda: FullSelf(32, 4)(torch.randn(7, 32)), ["x", "[B, S, d_model]", "[7, 32]"]),
         (
             lambda: FullSelf(32, 4)(torch.randn(2, 7, 32), key_padding=torch.zeros(2, 6, dtype=torch.bool)),
-            ["key_padding", "(2, 7)", "[2, 6]"],
+            ["key_padding", "[2, 7]", "[2, 6]"],
         ),
         (lambda: call_cross(q=torch.randn(2, 7, 24)), ["q", "q_dim = 32", "[2, 7, 24]"]),
         (lambda: call_cross(kv=torch.randn(2, 3, 32)), ["kv", "kv_dim = 24", "[2, 3, 32]"]),
-        (lambda: call_cross(query_segments=segments(6, 3)), ["query_segments", "(2, 7)", "[2, 6]"]),
+        (lambda: call_cross(query_segments=segments(6, 3)), ["query_segments", "[2, 7]", "[2, 6]"]),
         (
             lambda: call_cross(query_positions=segments(7, 3)),
             ["key_positions", "query_positions is given", "got None", "pass both"],

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from custom_ops.form import default_scale, empty_outputs, kernels_for
+from custom_ops.form import default_scale, empty_outputs
+from custom_ops.op import kernels_for
 from inductor_passes import LIBRARY_OPTION
 from inductor_passes.gpu_facts import GPUS
 from inductor_passes.pretend_gpu import Generated, compile_launches, generate, pretend_gpu

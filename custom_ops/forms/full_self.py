@@ -10,8 +10,9 @@ Source: Vaswani et al., "Attention Is All You Need", section 3.2.3, https://arxi
 ``torch.ops.lowered_attn.full_self(q, k, v, key_padding=None, q_start=None, *, scale=None) -> (out, lse)``
 """
 
-from custom_ops.form import Form, register
+from custom_ops.form import Form
 from custom_ops.masks import KEY_PADDING, Mask, k, q
+from custom_ops.op import register
 
 MASK = Mask("full_self", (k <= q) & ~KEY_PADDING.symbol, (KEY_PADDING,))
 

@@ -14,8 +14,9 @@ https://arxiv.org/abs/2412.09871, with a lookback.
 lse)``
 """
 
-from custom_ops.form import Form, register
+from custom_ops.form import Form
 from custom_ops.masks import KEY_PADDING, Mask, int_operand, k, query_operand
+from custom_ops.op import register
 
 QUERY_SEGMENTS = query_operand("query_segments")
 LOOKBACK = int_operand("lookback", minimum=0)

@@ -11,8 +11,9 @@ al., "Mistral 7B", section 2, https://arxiv.org/abs/2310.06825.
 ``torch.ops.lowered_attn.sliding_self(q, k, v, window, key_padding=None, q_start=None, *, scale=None) -> (out, lse)``
 """
 
-from custom_ops.form import Form, register
+from custom_ops.form import Form
 from custom_ops.masks import KEY_PADDING, Mask, int_operand, k, q
+from custom_ops.op import register
 
 WINDOW = int_operand("window", minimum=1)
 

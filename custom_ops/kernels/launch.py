@@ -8,8 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from custom_ops.form import Form, Slots, empty_outputs
-from custom_ops.grouped import empty_gradients
+from custom_ops.form import Form, Slots, empty_gradients, empty_outputs
 from custom_ops.kernels import backward as backward_kernels
 from custom_ops.kernels.forward import forward_kernel
 from custom_ops.kernels.mask_functions import mask_functions

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from custom_ops.form import default_scale, empty_outputs
+from custom_ops.form import default_scale, empty_gradients, empty_outputs
 from custom_ops.forms import FORMS
-from custom_ops.grouped import empty_gradients
 from custom_ops.kernels import launch
 from custom_ops.kernels.tile_config import TileConfig
 from tests.helpers import (

@@ -1,0 +1,117 @@
+"""The op of a form in ``torch.ops.lowered_attn``, made whole from the form's mask.
+
+Every form becomes one op ``(q, k, v, <operands>, *, scale=None) -> (out, lse)`` with a fake implementation, CPU and
+CUDA kernels, an explicit backward, autocast and a FLOP formula. ``register`` makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops import flops
+from custom_ops.checks import check_kernels
+from custom_ops.form import NAMESPACE, Form, default_scale, empty_outputs
+from custom_ops.masks import OperandValue
+
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register(form: Form) -> Form:
+    """Define ``torch.ops.lowered_attn.<form.name>`` whole. Returns ``form``."""
+    qualified = f"{NAMESPACE}::{form.name}"
+    library.define(f"{form.name}{form.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def bind(arguments: tuple[OperandValue, ...]) -> dict[str, OperandValue]:
+        missing = (None,) * (len(form.operands) - len(arguments))  # the dispatcher drops trailing defaults
+        return dict(zip(form.operand_names, arguments + missing, strict=True))
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        operands = bind(arguments)
+        form.check(query, key, value, operands, scale)
+        check_kernels(form, query)
+        return kernels_for(query.device).forward(
+            form, query, key, value, form.slots(operands), default_scale(query, scale)
+        )
+
+    def fake(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        form.check(query, key, value, bind(arguments), scale)
+        check_kernels(form, query)
+        return empty_outputs(query, value)
+
+    def setup_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, *arguments = inputs
+        slots = form.slots(bind(tuple(arguments)))
+        ctx.save_for_backward(query, key, value, *output, *slots[:-1])
+        ctx.ints = slots.ints
+        ctx.scale = keyword_only_inputs.get("scale")
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        no_gradients = (None,) * len(form.operands)
+        if grad_out is None and grad_lse is None:
+            return None, None, None, *no_gradients
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        gradients = torch.ops.lowered_attn.attention_backward(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            *tensors,
+            form.name,
+            ctx.ints,
+            default_scale(query, ctx.scale),
+        )
+        return *gradients, *no_gradients
+
+    library.impl(form.name, run, "CPU")
+    library.impl(form.name, run, "CUDA")
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+    for device_type in ("cpu", "cuda"):
+        library.impl(form.name, _autocast(form, device_type), f"Autocast{device_type.upper()}")
+    flops.register_when_counted(form)
+    return form
+
+
+def kernels_for(device: torch.device) -> Any:
+    """The module with ``forward`` and ``backward`` for tensors on ``device``.
+
+    CUDA's is imported at its first call, with triton.
+    """
+    if device.type == "cuda":
+        from custom_ops.kernels import launch
+
+        return launch
+    from custom_ops import cpu
+
+    return cpu
+
+
+@functools.cache
+def _autocast(form: Form, device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Cast q, k and v to autocast's dtype, then call the op below autocast."""
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def cast(
+        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            q, k, v = (
+                t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (query, key, value)
+            )
+            return form.op(q, k, v, *arguments, **keywords)
+
+    return cast
