@@ -226,7 +226,8 @@ def attend(
 
     ``q`` is ``[BLOCK_M, D_PAD]``, or the first of ``load_query``'s two parts with ``q_high`` the other. Per-query and
     per-key operands are contiguous rows ``[B, Lq]`` and ``[B, Lk]``. DESCRIPTORS only where
-    ``tile_config.descriptors_fit``; such a launch needs Triton's allocator (``triton.set_allocator``). Returns
+    ``tile_config.can_use_descriptors`` and every address and stride of K and V is a multiple of 16 bytes; such a
+    launch needs Triton's allocator (``triton.set_allocator``). Returns
     ``out [BLOCK_M, DV_PAD]`` fp32, normalised (0 where a row sees nothing), and ``lse [BLOCK_M]``, natural log (-inf
     where a row sees nothing).
     """
