@@ -22,21 +22,23 @@ class GroupForms(GraphPass):
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
         count = 0
-        for form in FORMS.values():
-            for node in graph.find_nodes(op="call_function", target=form.op.default):
+        for node in [n for n in graph.nodes if n.op == "call_function"]:
+            form = form_of(node)
+            if form is not None:
                 _group(node, form)
                 count += 1
-        for node in graph.nodes:
-            if node.op == "call_function" and any(part in str(node.target) for part in TORCH_ATTENTION):
-                if OURS not in node.meta:
-                    _refuse(node)
+            elif any(part in str(node.target) for part in TORCH_ATTENTION) and OURS not in node.meta:
+                _refuse(node)
         return count
 
 
+def form_of(node: torch.fx.Node) -> Form | None:
+    """The form whose op the node calls, or None."""
+    return next((form for form in FORMS.values() if node.target == form.op.default), None)
+
+
 def module_of(node: torch.fx.Node) -> str:
-    """The module whose code the node comes from, as in ``model.layers[0]``, or an empty string where FX does not
-    say.
-    """
+    """The module whose code the node comes from, as in ``model.layers[0]``; empty where FX does not say."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 
@@ -71,9 +73,10 @@ def _group(node: torch.fx.Node, form: Form) -> None:
     node.args = (query, key, value, *slots[:-1], form.name, list(slots.ints), scale)
     node.kwargs = {}
     group = q_shape[1] // k_shape[1]
+    heads = f"{group} query head{'' if group == 1 else 's'} each"
     decisions.record(
         decisions.Decision(
-            "grouped", form.name, node.name, f"grouped_attention over {k_shape[1]} KV heads, {group} query heads each",
+            "grouped", form.name, node.name, f"grouped_attention over {k_shape[1]} KV heads, {heads}",
             {"module": module_of(node), "query": tuple(q_shape), "key": tuple(k_shape), "dtype": q_example.dtype},
         )
     )  # fmt: skip

@@ -13,10 +13,9 @@ import torch
 
 from custom_ops.cpu import is_plain_causal
 from custom_ops.form import Form
-from custom_ops.forms import FORMS
 from inductor_passes import decisions
 from inductor_passes.graph_pass import GraphPass
-from inductor_passes.group import OURS, module_of, slots_of
+from inductor_passes.group import OURS, form_of, module_of, slots_of
 
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 SHORTEST = 128
@@ -29,11 +28,11 @@ class PreferLibrary(GraphPass):
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
         count = 0
-        for form in FORMS.values():
-            for node in graph.find_nodes(op="call_function", target=form.op.default):
-                if not refusals(node, form):
-                    _call_cudnn(node, form)
-                    count += 1
+        for node in [n for n in graph.nodes if n.op == "call_function"]:
+            form = form_of(node)
+            if form is not None and not refusals(node, form):
+                _call_cudnn(node, form)
+                count += 1
         graph.eliminate_dead_code()
         return count
 
