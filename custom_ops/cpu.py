@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from custom_ops.form import Form, Slots, empty_outputs
+from custom_ops.form import Form, Slots, empty_outputs, unseeing_outputs
 from custom_ops.masks import Mask, q
 from custom_ops.padding import clear_padded
 
@@ -42,10 +42,9 @@ def is_plain_causal(mask: Mask, slots: Slots) -> bool:
 
 def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``form`` for CPU tensors; shapes as in ``torch.ops.lowered_attn``."""
-    out, lse = empty_outputs(query, value)
     query_len, key_len, value_dim = query.shape[2], key.shape[2], value.shape[3]
-    if out.numel() == 0 or key_len == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+    if query.numel() == 0 or key_len == 0:
+        return unseeing_outputs(query, value)
     key, value = clear_padded(key, value, slots.key_padding)
     width = max(query.shape[3], value_dim)  # the CPU kernel wants one head dim for all three
     query, key, value = (pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (query, key, value))
@@ -54,6 +53,7 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
     if query_len == key_len and is_plain_causal(mask, slots):
         result, result_lse = _flash(query, key, value, 0.0, True, scale=scale)
         return _token_major(result[..., :value_dim]), result_lse.contiguous()
+    out, lse = empty_outputs(query, value[..., :value_dim])
     for chunk in _chunks(form, mask, slots, query_len, key_len, query.shape[0] * key_len):
         part = _attend(query[:, :, chunk.rows], key[:, :, chunk.keys], value[:, :, chunk.keys], chunk.visible, scale)
         out[:, :, chunk.rows] = part[0][..., :value_dim]
@@ -121,8 +121,7 @@ def backward(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     if key.shape[2] == 0:
-        out, lse = empty_outputs(query, value)
-        return out.zero_(), lse.fill_(float("-inf"))
+        return unseeing_outputs(query, value)
     if visible is None:
         return _flash(query, key, value, 0.0, False, scale=scale)
     bias = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))[:, None]

@@ -121,13 +121,20 @@ def default_scale(query: Tensor, scale: float | None) -> float:
 
 
 def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out [B, Hq, Lq, Dv]``, token-major in memory so that merging heads is a view, and ``lse [B,
-    Hq, Lq]``.
+    """Uninitialised ``out [B, Hq, Lq, Dv]`` and ``lse [B, Hq, Lq]``.
+
+    ``out`` is token-major in memory, so that merging heads is a view.
     """
     batch, heads, query_len, _ = query.shape
     out = query.new_empty(batch, query_len, heads, value.shape[-1]).transpose(1, 2)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty(batch, heads, query_len, dtype=lse_dtype)
+
+
+def unseeing_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` where no query sees a key: 0 and -inf."""
+    out, lse = empty_outputs(query, value)
+    return out.zero_(), lse.fill_(float("-inf"))
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,11 @@ def form_of(node: torch.fx.Node) -> Form | None:
     return next((form for form in FORMS.values() if node.target == form.op.default), None)
 
 
+def output_is_read(node: torch.fx.Node, output: int) -> bool:
+    """Whether anything reads this output of a node that has several."""
+    return any(user.args[1] == output and user.users for user in node.users)
+
+
 def module_of(node: torch.fx.Node) -> str:
     """The module whose code the node comes from, as in ``model.layers[0]``; empty where FX does not say."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -15,7 +15,7 @@ from custom_ops.cpu import is_plain_causal
 from custom_ops.form import Form
 from inductor_passes import decisions
 from inductor_passes.graph_pass import GraphPass
-from inductor_passes.group import OURS, form_of, module_of, slots_of
+from inductor_passes.group import OURS, form_of, module_of, output_is_read, slots_of
 
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 SHORTEST = 128
@@ -70,7 +70,7 @@ def _call_cudnn(node: torch.fx.Node, form: Form) -> None:
     """Replace the node by cuDNN's, whose lse is the same natural logarithm, as ``[B, H, S, 1]``."""
     graph = node.graph
     query, key, value = node.args[:3]
-    needs_lse = any(user.args[1] == 1 for user in node.users)
+    needs_lse = output_is_read(node, 1)
     with graph.inserting_before(node):
         call = graph.call_function(
             CUDNN, (query, key, value, None, needs_lse, 0.0, True, False), {"scale": node.kwargs.get("scale")}
@@ -86,7 +86,8 @@ def _call_cudnn(node: torch.fx.Node, form: Form) -> None:
             arguments, keywords = torch.fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
             new.meta["val"] = new.target(*arguments, **keywords)  # type: ignore[operator]
     for user in list(node.users):
-        user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+        if user.users:
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
         graph.erase_node(user)
     decisions.record(
         decisions.Decision(

@@ -13,7 +13,7 @@ import torch
 from custom_ops.cpu import is_plain_causal
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
-from custom_ops.kernels.specialise import constants, may_be_full
+from custom_ops.kernels.specialise import architecture, constants, kernel_operands, may_be_full
 from custom_ops.kernels.tile_config import (
     DESCRIPTOR_ALIGNMENT,
     TileConfig,
@@ -23,6 +23,7 @@ from custom_ops.kernels.tile_config import (
 )
 from custom_ops.masks import Mask
 from inductor_passes import compat, decisions
+from inductor_passes.group import output_is_read
 from inductor_passes.templates import attention_template
 
 CANDIDATES = tuple(
@@ -94,13 +95,9 @@ def _lower_to_template(
         out = compat.empty_strided(out_size, dtype, device)
         return compat.permute(out, (0, 2, 1, 3)), compat.empty_strided(lse_size, torch.float32, device)
     query, key, value = (compat.unit_last_stride(t) for t in compat.realize_inputs(query, key, value))
-    operands = {
-        name: compat.contiguous(t)
-        for name, t in zip(attention_template.OPERANDS, (slots.q_start, *slots[2:5], slots.key_padding), strict=True)
-        if t is not None
-    }
+    operands = {name: compat.contiguous(t) for name, t in kernel_operands(slots).items() if t is not None}
     lse = compat.empty_strided(lse_size, torch.float32, device)
-    writes_lse = _is_used(1)
+    writes_lse = output_is_read(compat.current_node(), 1)
     layout = compat.ir.FixedLayout(device, dtype, out_size)
     fixed = constants(mask, slots, group=heads // kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
     shared = {
@@ -114,14 +111,14 @@ def _lower_to_template(
     }
     inputs = [query, key, value, *([lse] if writes_lse else []), *operands.values()]
     template = attention_template.template_of(mask, tuple(operands), writes_lse)
-    architecture = _architecture(device)
+    arch = architecture(device)
     width = mask.width_for(slots.ints)
-    fits = can_use_descriptors(architecture, slots.key_padding is not None) and all(
+    fits = can_use_descriptors(arch, slots.key_padding is not None) and all(
         compat.multiple_of(offset * dtype.itemsize, DESCRIPTOR_ALIGNMENT)
         for t in (key, value)
         for offset in (t.get_layout().offset, *t.get_stride()[:3])
     )
-    config = forward_config(architecture, dtype, head_dim, value_dim, width, fits)
+    config = forward_config(arch, dtype, head_dim, value_dim, width, fits)
     configs = [config]
     if compat.config.max_autotune:
         configs += [c for c in CANDIDATES if c != config and (fits or not c.descriptors)]
@@ -138,7 +135,7 @@ def _lower_to_template(
     out = compat.select(template.name, choices, inputs, layout)
     _record(
         form_name, _sentence(configs), kernel="triton_grouped", template=template.name,
-        configs=[str(c) for c in configs], architecture=architecture, writes_lse=writes_lse,
+        configs=[str(c) for c in configs], architecture=arch, writes_lse=writes_lse,
     )  # fmt: skip
     return compat.permute(out, (0, 2, 1, 3)), lse
 
@@ -149,17 +146,7 @@ def _sentence(configs: list[TileConfig]) -> str:
     return f"grouped Triton template, best of {len(configs)} tilings by autotuning"
 
 
-def _is_used(output: int) -> bool:
-    """Whether anything reads this output of the node being lowered."""
-    return any(user.args[1] == output and user.users for user in compat.current_node().users)
-
-
 def _heads_together(device: torch.device, batch: Any, kv_heads: int, key: Any, dims: int, dtype: torch.dtype) -> int:
     bytes_a_head = compat.size_hint(key.get_size()[2]) * dims * dtype.itemsize
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return heads_together(l2_bytes, compat.size_hint(batch) * kv_heads, bytes_a_head)
-
-
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from custom_ops.form import Form, Slots, empty_gradients, empty_outputs
+from custom_ops.form import Form, Slots, empty_gradients, empty_outputs, unseeing_outputs
 from custom_ops.kernels import backward as backward_kernels
 from custom_ops.kernels.forward import forward_kernel
 from custom_ops.kernels.mask_functions import mask_functions
-from custom_ops.kernels.specialise import constants, may_be_full
+from custom_ops.kernels.specialise import architecture, constants, kernel_operands, may_be_full
 from custom_ops.kernels.tile_config import (
     DESCRIPTOR_ALIGNMENT,
     TileConfig,
@@ -30,10 +30,10 @@ def forward(
 
     Shapes as in ``torch.ops.lowered_attn``. ``config`` overrides the shipped tiling.
     """
-    out, lse = empty_outputs(query, value)
     batch, kv_heads, key_len, value_dim = value.shape
-    if out.numel() == 0 or key_len == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+    if query.numel() == 0 or key_len == 0:
+        return unseeing_outputs(query, value)
+    out, lse = empty_outputs(query, value)
     query, key, value = (_unit_last_stride(t) for t in (query, key, value))
     call = _Call(form, query, key, value, slots)
     config = config or forward_config(
@@ -96,19 +96,10 @@ def backward(
         backward_kernels.query_gradient_kernel[
             (triton.cdiv(query_len * call.group, config.block_m) * batch * kv_heads,)
         ](
-            query,
-            key,
-            value,
-            grad_out,
-            lse,
-            delta,
-            dq,
-            *call.operand_pointers,
-            *strides,
-            dq.stride()[:3],
-            *sizes,
-            **tiling,
-        )
+            query, key, value, grad_out, lse, delta, dq, *call.operand_pointers,
+            *strides, dq.stride()[:3],
+            *sizes, **tiling,
+        )  # fmt: skip
         backward_kernels.key_value_gradient_kernel[(triton.cdiv(key_len, config.block_n) * batch * kv_heads,)](
             query, key, value, grad_out, lse, delta, dk, dv, *call.operand_pointers,
             *strides, dk.stride()[:3], dv.stride()[:3],
@@ -133,16 +124,12 @@ class _Call:
             "BOUNDS": functions.bounds,
         }
         absent = key  # any tensor: the kernel never reads an operand that is not there
-        self.operand_pointers = tuple(
-            absent if t is None else t.contiguous()
-            for t in (slots.q_start, slots.query_value, slots.request_value, slots.key_value, slots.key_padding)
-        )
+        self.operand_pointers = tuple(absent if t is None else t.contiguous() for t in kernel_operands(slots).values())
         self.ints = slots.ints or (0,)
         self.width = self.mask.width_for(slots.ints)
         if query.is_cuda:
-            properties = torch.cuda.get_device_properties(query.device)
-            self.architecture = 10 * properties.major + properties.minor
-            self.l2_bytes = properties.L2_cache_size
+            self.architecture = architecture(query.device)
+            self.l2_bytes = torch.cuda.get_device_properties(query.device).L2_cache_size
         else:  # the interpreter
             self.architecture, self.l2_bytes = 0, 1 << 20
         self.descriptors_fit = can_use_descriptors(self.architecture, slots.key_padding is not None) and all(

@@ -22,6 +22,23 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def architecture(device: torch.device) -> int:
+    """A GPU's compute capability times ten: 80, 90, 100."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def kernel_operands(slots: Slots) -> dict[str, Any]:
+    """The mask's tensor operands by their names in kernels and templates, in the order in which those take them."""
+    return {
+        "Q_START": slots.q_start,
+        "QUERY_VALUES": slots.query_value,
+        "REQUEST_VALUES": slots.request_value,
+        "KEY_VALUES": slots.key_value,
+        "KEY_PADDING": slots.key_padding,
+    }
+
+
 def constants(
     mask: Mask, slots: Slots, *, group: int, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -31,11 +48,7 @@ def constants(
     """
     return {
         "READS_KEYS": mask.per_key != sympy.true,
-        "HAS_Q_START": slots.q_start is not None,
-        "HAS_QUERY_VALUES": slots.query_value is not None,
-        "HAS_REQUEST_VALUES": slots.request_value is not None,
-        "HAS_KEY_VALUES": slots.key_value is not None,
-        "HAS_KEY_PADDING": slots.key_padding is not None,
+        **{f"HAS_{name}": operand is not None for name, operand in kernel_operands(slots).items()},
         "PRECISION": dot_precision(dtype),
         "G": group,
         "D": head_dim,

@@ -14,10 +14,12 @@ import inspect
 import pathlib
 from typing import Any
 
+from custom_ops.form import Slots
+from custom_ops.kernels.specialise import kernel_operands
 from custom_ops.masks import Mask
 from inductor_passes.compat import SymbolicGridFn, TritonTemplate
 
-OPERANDS = ("Q_START", "QUERY_VALUES", "REQUEST_VALUES", "KEY_VALUES", "KEY_PADDING")
+OPERANDS = tuple(kernel_operands(Slots(None, None, None, None, None, ())))
 """Kernel arguments of the mask's tensor operands; a template has those that its calls have."""
 
 _FRAME = (pathlib.Path(__file__).parent / "attention.py.jinja").read_text()
