@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +16,13 @@ NO_GPU_REASON = "needs a CUDA device, and torch.cuda.is_available() is False her
 
 # Triton reads TRITON_INTERPRET when a kernel is defined: a process either compiles or interprets kernels.
 collect_ignore = [] if INTERPRETING else ["interpreter"]
+
+
+# A compilation that Inductor's cache serves decides nothing, and tests ask what was decided: each run starts with an
+# empty cache, which its xdist workers inherit.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="lowered-attn-tests-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_report_header() -> list[str]:
