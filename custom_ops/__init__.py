@@ -5,6 +5,7 @@ first CUDA call.
 """
 
 from custom_ops import grouped as _grouped  # noqa: F401  (registers the grouped ops)
+from custom_ops import paged as _paged  # noqa: F401  (registers the paged ops)
 from custom_ops.forms import FORMS
 from custom_ops.masks import Mask
 

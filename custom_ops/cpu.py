@@ -55,7 +55,7 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
         return _token_major(result[..., :value_dim]), result_lse.contiguous()
     out, lse = empty_outputs(query, value[..., :value_dim])
     for chunk in _chunks(form, mask, slots, query_len, key_len, query.shape[0] * key_len):
-        part = _attend(query[:, :, chunk.rows], key[:, :, chunk.keys], value[:, :, chunk.keys], chunk.visible, scale)
+        part = attend(query[:, :, chunk.rows], key[:, :, chunk.keys], value[:, :, chunk.keys], chunk.visible, scale)
         out[:, :, chunk.rows] = part[0][..., :value_dim]
         lse[:, :, chunk.rows] = part[1]
     return out, lse
@@ -119,7 +119,12 @@ def backward(
     return dq, _token_major(dk.to(key.dtype)), _token_major(dv.to(value.dtype))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One chunk through the CPU flash kernel: ``[B, H, rows or keys, D]``, one head dim, last stride 1.
+
+    ``visible`` bool ``[B or 1, rows, keys]``, None where every row sees every key. Returns ``out [B, Hq, rows, D]`` and
+    ``lse [B, Hq, rows]``; rows that see nothing get 0 and -inf. Keys that no row sees must not hold NaN.
+    """
     if key.shape[2] == 0:
         return unseeing_outputs(query, value)
     if visible is None:
@@ -128,6 +133,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, s
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     # The CPU kernel gives such rows output 0 but lse 0.
     return out, lse.masked_fill(~visible.any(-1)[:, None], float("-inf"))
+
+
+def chunk_size(elements_a_query: int) -> int:
+    """Queries a chunk, where one query takes that many elements of the largest tensor made of a chunk."""
+    return max(16, min(CHUNK, CHUNK_ELEMENTS // max(elements_a_query, 1)))
 
 
 def _chunks(
@@ -141,7 +151,7 @@ def _chunks(
     ints = {n: v for n, v in operands.items() if isinstance(v, int)}
     starts = None if slots.q_start is None else slots.q_start.to(torch.int64)
     start_range = (0, 0) if starts is None else (int(starts.min()), int(starts.max()))
-    size = max(16, min(CHUNK, CHUNK_ELEMENTS // elements_a_query))
+    size = chunk_size(elements_a_query)
     key_positions = torch.arange(key_len)
     for begin in range(0, query_len, size):
         rows = slice(begin, min(begin + size, query_len))

@@ -8,8 +8,7 @@ are internal: users call the form ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from custom_ops import flops
 from custom_ops.form import NAMESPACE, Slots, empty_gradients, empty_outputs
 from custom_ops.forms import FORMS
-from custom_ops.op import kernels_for, library
+from custom_ops.op import kernels_for, library, refuse_gradients
 
 _SLOTS = (
     "Tensor? key_padding, Tensor? q_start, Tensor? query_value, Tensor? key_value, Tensor? request_value, "
@@ -63,15 +62,6 @@ def _backward_fake(
     return empty_gradients(q, k, v)
 
 
-def _refuse_gradients(name: str, instead: str) -> Callable[..., NoReturn]:
-    """A backward that raises: without one, autograd would trace the kernels' own Python and give wrong gradients."""
-
-    def backward(ctx: object, *grads: object) -> NoReturn:
-        raise RuntimeError(f"{NAMESPACE}::{name}: expected no gradient through this op, got one; {instead}")
-
-    return backward
-
-
 for _name, _run, _fake, _instead in (
     ("grouped_attention", _forward, _forward_fake, "call the form op: compiler passes make this one after autograd"),
     ("attention_backward", _backward, _backward_fake, "there is no second derivative: backend='reference' has one"),
@@ -79,6 +69,6 @@ for _name, _run, _fake, _instead in (
     library.impl(_name, _run, "CPU")
     library.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_gradients(_name, _instead), lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", refuse_gradients(_name, _instead), lib=library)
 
 flops.register_grouped_when_counted(FORMS)

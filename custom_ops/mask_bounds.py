@@ -85,13 +85,16 @@ def solve(condition: sympy.Basic) -> Span:
 
 def _solve_relation(relation: Relational) -> Span:
     """A relation linear in ``k`` with coefficient 1 or -1."""
-    difference = relation.lhs - relation.rhs  # REL 0
-    difference = sympy.expand(difference.replace(sympy.Mod, lambda a, b: a - b * sympy.floor(a / b)))
-    slope = difference.coeff(k, 1)
-    rest = difference - slope * k
-    if slope not in (1, -1) or k in rest.free_symbols:
-        return _UNKNOWN
-    bound = -slope * rest
+    if relation.lhs == k and not relation.rhs.has(k, sympy.Mod):
+        slope, bound = sympy.S.One, relation.rhs  # solved: expanding a nest of Max and Min takes sympy seconds
+    else:
+        difference = relation.lhs - relation.rhs  # REL 0
+        difference = sympy.expand(difference.replace(sympy.Mod, lambda a, b: a - b * sympy.floor(a / b)))
+        slope = difference.coeff(k, 1)
+        rest = difference - slope * k
+        if slope not in (1, -1) or k in rest.free_symbols:
+            return _UNKNOWN
+        bound = -slope * rest
     kind = type(relation if slope == 1 else relation.reversed)  # k KIND bound
     intervals = {
         sympy.Lt: (sympy.S.Zero, bound),
@@ -134,6 +137,22 @@ def _extreme(e: sympy.Expr, ends: Ends, least: bool) -> sympy.Expr | None:
         part = _extreme(varying[0], ends, least if factor.is_nonnegative else not least)
         return None if part is None else factor * part
     return None
+
+
+def rises(e: sympy.Expr) -> bool:
+    """Whether the structure of ``e`` tells that it never falls as ``q`` grows.
+
+    Its extremes over a tile are then its values at the tile's first and last query, with no looseness.
+    """
+    if q not in e.free_symbols or e == q:
+        return True
+    if isinstance(e, (sympy.Add, sympy.Max, sympy.Min, sympy.floor)):
+        return all(rises(a) for a in e.args)
+    if isinstance(e, sympy.Mul):
+        varying = [a for a in e.args if q in a.free_symbols]
+        factor = sympy.Mul(*(a for a in e.args if q not in a.free_symbols))
+        return len(varying) == 1 and bool(factor.is_nonnegative) and rises(varying[0])
+    return False
 
 
 def _without_zero(e: sympy.Expr) -> sympy.Expr:

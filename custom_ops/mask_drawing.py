@@ -19,7 +19,7 @@ from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 from torch import Tensor
 
-from custom_ops.masks import Mask, OperandValue
+from custom_ops.masks import Mask, Operand, OperandValue
 
 TileClass = Literal["empty", "full", "partial"]
 
@@ -68,12 +68,12 @@ class _Scene(NamedTuple):
     def row(self, first: int, last: int, block_n: int) -> list[TileClass]:
         """The classes of the tiles of queries ``first..last``, as the kernels' ``key_tiles`` has them."""
         ints = {n: v for n, v in self.operands.items() if isinstance(v, int)}
-        per_query, per_request = self.tensor("query"), self.tensor("request")
+        per_query = self.query_values()
         values = None if per_query is None else per_query[0, first : last + 1]
         query_range = None if values is None else (int(values.min()), int(values.max()))
-        request_value = None if per_request is None else int(per_request)
+        request_values = {o.name: self.number(o) for o in self.mask.request_operands}
         lo_any, lo_all, hi_all, hi_any = self.mask.evaluate_bounds(
-            first + self.q_start, last + self.q_start, self.key_len, ints, query_range, request_value
+            first + self.q_start, last + self.q_start, self.key_len, ints, query_range, request_values
         )
         start, end = lo_any // block_n, max(_cdiv(hi_any, block_n), lo_any // block_n)
         full_start = min(max(_cdiv(lo_all, block_n), start), end)
@@ -83,8 +83,14 @@ class _Scene(NamedTuple):
             for tile in range(_cdiv(self.key_len, block_n))
         ]
 
-    def tensor(self, kind: Literal["query", "request"]) -> Tensor | None:
-        operand = self.mask.operand(kind)
+    def number(self, operand: Operand) -> int:
+        """The value of an int operand or of a per-request one."""
+        value = self.operands[operand.name]
+        assert value is not None, operand.name  # Mask.for_call has seen to that
+        return int(value)
+
+    def query_values(self) -> Tensor | None:
+        operand = self.mask.operand("query")
         value = None if operand is None else self.operands[operand.name]
         return value if isinstance(value, Tensor) else None
 
@@ -101,7 +107,7 @@ def _scene(
         if length < 1:
             raise ValueError(f"mask {mask.name!r}: {name}: expected at least 1, got {length}; nothing can be drawn")
     given = dict(operands or {})
-    present = mask.specialise([n for n, v in given.items() if v is not None])
+    present = mask.for_call(given)
     cut = {n: v[request][None] if isinstance(v, Tensor) else v for n, v in given.items()}
     start = int(q_start[request]) if isinstance(q_start, Tensor) else q_start or 0
     return _Scene(present, query_len, key_len, cut, start)
@@ -148,10 +154,10 @@ def draw_text(
 ) -> str:
     """The mask as text: a row a query, a character a key, ``█`` visible and ``·`` hidden.
 
-    ``operands`` are those of the mask's op, by name, tensors with their batch, of which ``request`` is drawn; query
-    ``i`` is at position ``q_start + i``, for an int or a tensor ``[B]``. With ``tile = (queries, keys)``, lines part
-    the tiles, ``▓`` is visible in a partial tile, an empty tile is blank, and a legend counts them. Raises ValueError
-    where there is nothing to draw.
+    ``operands`` are those of the mask's op, by name, tensors with their batch, of which ``request`` is drawn; a
+    per-request one may also be an int. Query ``i`` is at position ``q_start + i``, for an int or a tensor ``[B]``. With
+    ``tile = (queries, keys)``, lines part the tiles, ``▓`` is visible in a partial tile, an empty tile is blank, and a
+    legend counts them. Raises ValueError where there is nothing to draw, and where an operand is missing.
     """
     scene = _scene(mask, query_len, key_len, operands, q_start, request)
     visible = scene.visible()
@@ -248,7 +254,7 @@ def _text(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:
 
 
 def _title(scene: _Scene) -> str:
-    ints = [f"{o.name} {scene.operands[o.name]}" for o in scene.mask.int_operands]
+    ints = [f"{o.name} {scene.number(o)}" for o in (*scene.mask.int_operands, *scene.mask.request_operands)]
     start = [f"q_start {scene.q_start}"] if scene.q_start else []
     return ", ".join([scene.mask.name, *ints, *start])
 

@@ -12,6 +12,8 @@ from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 from torch import Tensor
 
+from custom_ops.mask_bounds import q, rises
+
 if TYPE_CHECKING:
     from custom_ops.masks import Mask
 
@@ -102,9 +104,10 @@ def python_text(expression: sympy.Basic) -> str:
     return CONSTANTS.get(expression) or _Printer("maximum", "minimum", {}).doprint(expression)
 
 
-def triton_text(expression: sympy.Basic, names: dict[str, str] | None = None) -> str:
-    """``expression`` as a Triton expression; ``names`` renames symbols."""
-    return CONSTANTS.get(expression) or _Printer("tl.maximum", "tl.minimum", names or {}).doprint(expression)
+def triton_text(expression: sympy.Basic, names: dict[str, str] | None = None, namespace: str = "tl") -> str:
+    """``expression`` as a Triton expression; ``names`` renames symbols. Gluon's ``namespace`` is ``"gl"``."""
+    printer = _Printer(f"{namespace}.maximum", f"{namespace}.minimum", names or {})
+    return CONSTANTS.get(expression) or printer.doprint(expression)
 
 
 @functools.cache
@@ -120,8 +123,11 @@ def triton_source(mask: Mask) -> str:
     ``<name>_visible`` the banded predicate, applied to partial tiles; ``<name>_key_visible`` the per-key predicate,
     applied to every tile; ``<name>_bounds`` the tile bounds clipped to ``0 <= k <= key_len``. Operands arrive by slot:
     ``ints`` is a tuple in the order of the mask's int operands; a kind's value is broadcast already, and anything where
-    the mask has no such operand.
+    the mask has no such operand. Raises ValueError for several per-request operands: there is one slot.
     """
+    if len(mask.request_operands) > 1:
+        names = [o.name for o in mask.request_operands]
+        raise ValueError(f"mask {mask.name!r}: expected one per-request operand, got {names}; print it by range_source")
     reads = {o.name: f"ints[{i}]" for i, o in enumerate(mask.int_operands)}
     reads.update({o.name: "key_padding" if o.boolean else f"{o.kind}_value" for o in mask.operands if o.kind != "int"})
     per_query = mask.operand("query")
@@ -142,6 +148,42 @@ def triton_source(mask: Mask) -> str:
         lines.append(f"    {end} = {f'tl.cast({clipped}, tl.int32)' if 'tl.int64' in text else clipped}")
     lines.append("    return lo_any, lo_all, hi_all, hi_any\n")
     return "\n\n".join([predicate("visible", mask.banded), predicate("key_visible", mask.per_key), "\n".join(lines)])
+
+
+def range_source(mask: Mask, namespace: str = "tl") -> str:
+    """Two device functions of a mask over per-request operands (a paged one), undecorated, one after the other:
+
+    ``<name>_range(q, requests)`` returns ``(lower, upper)``, integers of ``q``'s shape: all keys ``k >= 0`` that query
+    ``q`` sees are in ``lower <= k < upper``, and all of these are seen where ``mask.interval()`` is not None. The ends
+    are not clipped (``lower`` may be negative), and neither ever falls as ``q`` grows: what the queries of a tile see
+    is in the lower end of its first query and the upper end of its last.
+
+    ``<name>_visible(q, k, requests)`` returns the predicate itself, for masks whose ``interval()`` is None. It is
+    of the shape of ``k`` alone where it does not depend on ``q``.
+
+    ``requests`` is a tuple of scalars that begins with the mask's operands, in their order. ``namespace`` is ``"tl"``
+    or, for Gluon, ``"gl"``. Raises ValueError where another kind of operand is read, where the keys have no upper end,
+    and where an end may fall.
+    """
+    others = [f"{o.name} ({o.kind})" for o in mask.operands if o.kind != "request"]
+    if others:
+        raise ValueError(f"mask {mask.name!r}: expected per-request operands only, got {others}; make them numbers")
+    reads = {o.name: f"requests[{i}]" for i, o in enumerate(mask.operands)}
+    lines = [f"def {mask.name}_range(q, requests):"]
+    for end, e in zip(("lower", "upper"), mask.key_range(), strict=True):
+        if e == sympy.oo:
+            raise ValueError(f"mask {mask.name!r}: expected an upper end of the keys, got none; add k < something")
+        if not rises(e):
+            raise ValueError(
+                f"mask {mask.name!r}: expected an end that cannot fall as q grows, got the {end} {e}; write it with +, "
+                "Max, Min and floor of q, and with no negative factor"
+            )
+        text = triton_text(e, reads, namespace)
+        # Of q's shape (and, in Gluon, of its layout) even where it is one number a request.
+        lines.append(f"    {end} = {text if q in e.free_symbols else f'q * 0 + ({text})'}")
+    lines.append("    return lower, upper\n")
+    visible = triton_text(mask.visible, reads, namespace)
+    return "\n\n".join(["\n".join(lines), f"def {mask.name}_visible(q, k, requests):\n    return {visible}\n"])
 
 
 def _maximum(a: int | Tensor, b: int | Tensor) -> int | Tensor:

@@ -26,6 +26,9 @@ its first and last query, and from the minimum and maximum of a per-query operan
 per-key operand (key padding, document ids) cannot be bounded without reading it: they stay out of the bounds and are
 applied to every tile. What cannot be solved is conservative: it bounds nothing, and no tile is full. Of a union with a
 hole (a sink and a window) only what lies before or after all of it is skipped, and no tile is full.
+
+The masks of paged attention (``custom_ops.paged.masks``) read several values a request, and their kernels take the
+range of keys of each query instead of tile bounds: ``custom_ops.mask_printing.range_source``.
 """
 
 from __future__ import annotations
@@ -165,9 +168,10 @@ class Mask:
     """Visibility of keys to queries: ``visible`` is true where query ``q`` sees key ``k``.
 
     ``name`` is an identifier (generated functions carry it). ``operands`` lists every operand of the expression, in the
-    order in which ops take them; besides plain ints there may be one operand of a kind (two of kind ``"key"`` when one
-    is boolean). ``visible`` is brought to negation normal form: ``~(a | b)`` is two conjuncts. Raises ValueError where
-    it is not an expression of the mask language.
+    order in which ops take them; besides plain ints and per-request values there may be one operand of a kind (two of
+    kind ``"key"`` when one is boolean). Dense forms take one per-request value, paged masks any number. ``visible`` is
+    brought to negation normal form: ``~(a | b)`` is two conjuncts. Raises ValueError where it is not an expression of
+    the mask language.
     """
 
     name: str
@@ -222,8 +226,12 @@ class Mask:
         return self._conjuncts(per_key=True)
 
     def operand(self, kind: Kind, boolean: bool = False) -> Operand | None:
-        """The operand of this kind (not for ints), or None."""
+        """The operand of this kind (not for ints; the first one of kind "request"), or None."""
         return next((o for o in self.operands if o.kind == kind and o.boolean == boolean), None)
+
+    @property
+    def request_operands(self) -> tuple[Operand, ...]:
+        return tuple(o for o in self.operands if o.kind == "request")
 
     @property
     def int_operands(self) -> tuple[Operand, ...]:
@@ -239,6 +247,11 @@ class Mask:
         """``(lower, upper)`` where the banded part is ``lower <= k < upper``, None where it is not one interval."""
         lower, upper, exact = self._span()
         return (lower, upper) if exact else None
+
+    def key_range(self) -> tuple[sympy.Expr, sympy.Expr]:
+        """``(lower, upper)``: all visible ``k`` are in ``lower <= k < upper``; see ``interval`` for the converse."""
+        lower, upper, _ = self._span()
+        return lower, upper
 
     @functools.cache  # noqa: B019
     def tile_bounds(self) -> TileBounds:
@@ -274,7 +287,7 @@ class Mask:
         already be cut to these queries and keys. Returns bool ``[B, Lq, Lk]`` (``B`` = 1 where nothing depends on the
         request). Raises ValueError where an operand is missing.
         """
-        mask = self._for_call(operands)
+        mask = self.for_call(operands)
         rows = q_positions if q_positions.dim() == 2 else q_positions[None]
         values: list[OperandValue] = [rows[:, :, None], k_positions[None, None, :]]
         for o in mask.operands:
@@ -291,7 +304,7 @@ class Mask:
 
         Raises ValueError where an operand is missing.
         """
-        mask = self._for_call(operands)
+        mask = self.for_call(operands)
         values = [(o.kind, operands[o.name]) for o in mask.operands]
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -305,7 +318,8 @@ class Mask:
 
         return mask_mod
 
-    def _for_call(self, operands: Mapping[str, OperandValue]) -> Mask:
+    def for_call(self, operands: Mapping[str, OperandValue]) -> Mask:
+        """``specialise`` for these operands, by name; ValueError where one is missing that is not optional."""
         for o in self.operands:
             if not o.optional and operands.get(o.name) is None:
                 raise ValueError(f"mask {self.name!r}: {o.name}: expected a value, got None; pass {o.name}")
@@ -318,19 +332,19 @@ class Mask:
         key_len: int,
         ints: Mapping[str, int],
         query_range: tuple[int, int] | None = None,
-        request_value: int | None = None,
+        request_value: int | Mapping[str, int] | None = None,
     ) -> tuple[int, int, int, int]:
         """``tile_bounds`` in numbers, clipped to ``[0, key_len]``, for the queries at positions ``first..last``.
 
         ``query_range`` is the minimum and maximum of the per-query operand over the tile, ``request_value`` the value
-        of the per-request operand. Bounds that read one that is not given are conservative.
+        of the per-request operand, or the values by name. Bounds that read one that is not given are conservative.
         """
         per_query, per_request = self.operand("query"), self.operand("request")
-        values = {"q_first": first, "q_last": last, **{o.name: ints[o.name] for o in self.int_operands}}
+        values: dict[str, int] = {"q_first": first, "q_last": last, **{o.name: ints[o.name] for o in self.int_operands}}
         if per_query is not None and query_range is not None:
             values |= {per_query.lowest.name: query_range[0], per_query.highest.name: query_range[1]}
         if per_request is not None and request_value is not None:
-            values[per_request.name] = request_value
+            values |= request_value if isinstance(request_value, Mapping) else {per_request.name: request_value}
 
         def number(e: sympy.Expr, otherwise: sympy.Expr) -> int:
             if any(s.name not in values for s in e.free_symbols):
@@ -413,7 +427,7 @@ def _checked(name: str, visible: sympy.Basic, operands: tuple[Operand, ...]) -> 
         n for o in operands for n in ((o.name, f"{o.name}_min", f"{o.name}_max") if o.kind == "query" else (o.name,))
     ]
     expect(len(names) == len(set(names)), "distinct operand names", names, "rename one")
-    tensors = [o for o in operands if o.kind != "int"]
+    tensors = [o for o in operands if o.kind in ("query", "key")]
     kinds = [f"{o.kind}{' (boolean)' * o.boolean}" for o in tensors]
     one_each = len(kinds) == len(set(kinds))
     expect(one_each, "one tensor operand of a kind", f"{[o.name for o in tensors]} of kinds {kinds}", "make them one")

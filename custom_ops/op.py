@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -83,6 +83,15 @@ def register(form: Form) -> Form:
         library.impl(form.name, _autocast(form, device_type), f"Autocast{device_type.upper()}")
     flops.register_when_counted(form)
     return form
+
+
+def refuse_gradients(name: str, instead: str) -> Callable[..., NoReturn]:
+    """A backward that raises: without one, autograd would trace the kernels' own Python and give wrong gradients."""
+
+    def backward(ctx: object, *grads: object) -> NoReturn:
+        raise RuntimeError(f"{NAMESPACE}::{name}: expected no gradient through this op, got one; {instead}")
+
+    return backward
 
 
 def kernels_for(device: torch.device) -> Any:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import linecache
+import zlib
 from typing import Any, NamedTuple
 
 import sympy
 import triton
 import triton.language as tl
 
-from custom_ops.mask_printing import triton_source
+from custom_ops.mask_printing import range_source, triton_source
 from custom_ops.masks import Mask
 
 
@@ -26,17 +27,31 @@ class MaskFunctions(NamedTuple):
     bounds: Any
 
 
+class PagedFunctions(NamedTuple):
+    """Device functions of one paged mask; see ``custom_ops.mask_printing.range_source`` for their arguments."""
+
+    range: Any
+    visible: Any
+
+
 @functools.cache
 def mask_functions(mask: Mask) -> MaskFunctions:
     """``mask``'s device functions. Masks are few (a form, with or without padding), so they are kept for good."""
-    operands = "_".join(o.name for o in mask.operands) or "none"
-    filename = f"<lowered_attn mask {mask.name} of {operands}>"
-    source = "import triton\nimport triton.language as tl\n\n\n" + decorated_source(mask)
-    # Triton reads a function's text through inspect, which finds it here.
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": "custom_ops.kernels.generated"}
-    exec(compile(source, filename, "exec"), scope)
+    scope = _run(mask.name, decorated_source(mask), {"triton": triton, "tl": tl})
     return MaskFunctions(*(scope[f"{mask.name}_{part}"] for part in MaskFunctions._fields))
+
+
+@functools.cache
+def paged_functions(mask: Mask, gluon: bool = False) -> PagedFunctions:
+    """A paged mask's device functions, for Triton kernels or for Gluon ones; kept for good."""
+    scope: dict[str, Any] = {"triton": triton, "tl": tl}
+    if gluon:
+        from triton.experimental import gluon as gluon_module
+        from triton.experimental.gluon import language as gl
+
+        scope = {"gluon": gluon_module, "gl": gl}
+    scope = _run(mask.name, decorated_range_source(mask, gluon), scope)
+    return PagedFunctions(*(scope[f"{mask.name}_{part}"] for part in PagedFunctions._fields))
 
 
 def decorated_source(mask: Mask) -> str:
@@ -44,6 +59,26 @@ def decorated_source(mask: Mask) -> str:
     return triton_source(mask).replace("def ", "@triton.jit\ndef ")
 
 
+def decorated_range_source(mask: Mask, gluon: bool = False) -> str:
+    """``range_source(mask)`` with each function under ``@triton.jit``, or in Gluon under ``@gluon.jit``."""
+    decorator, namespace = ("gluon", "gl") if gluon else ("triton", "tl")
+    return range_source(mask, namespace).replace("def ", f"@{decorator}.jit\ndef ")
+
+
 def reads_keys(mask: Mask) -> bool:
     """Whether the mask has a per-key predicate, which is then applied to every tile."""
     return mask.per_key != sympy.true
+
+
+def _run(name: str, functions: str, scope: dict[str, Any]) -> dict[str, Any]:
+    """The names that ``functions``, the text of mask ``name``, defines with those of ``scope`` imported."""
+    gluon = "from triton.experimental import gluon\nfrom triton.experimental.gluon import language as gl\n"
+    imports = gluon if "gluon" in scope else "import triton\nimport triton.language as tl\n"
+    source = f"{imports}\n\n{functions}"
+    # Triton reads a function's text through inspect, which finds it here: so each text has its own name, whatever the
+    # masks are called.
+    filename = f"<lowered_attn mask {name} {zlib.crc32(source.encode()):08x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = {**scope, "__name__": "custom_ops.kernels.generated"}
+    exec(compile(source, filename, "exec"), scope)
+    return scope

@@ -1,0 +1,155 @@
+"""``torch.ops.lowered_attn.paged_schedule``: who computes what in a step, worked out once on the device for all layers.
+
+It reads lengths on the device and writes one int32 tensor, whose size follows from capacities alone
+(``custom_ops.paged.schedule_layout``): ``R`` requests and ``num_tokens`` rows of q, padding included. Attention takes
+it as ``schedule``, in every layer of the step, and does not change it. A CPU needs none and gets an empty tensor.
+
+Schedule and attention must tile alike, so both ask ``config_of``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from custom_ops.checks import fail
+from custom_ops.form import NAMESPACE
+from custom_ops.kernels.paged_config import PagedConfig, paged_config, resolve_shape_class
+from custom_ops.kernels.specialise import architecture
+from custom_ops.op import library
+from custom_ops.paged.call import PagedCall
+from custom_ops.paged.checks import check_schedule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScheduleCall:
+    """The arguments of ``torch.ops.lowered_attn.paged_schedule``; the letters are ``custom_ops.paged.call``'s."""
+
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    valid_lens: Tensor | None
+    request_values: Sequence[Tensor]
+    num_tokens: int
+    """T, the rows of q."""
+    num_heads: int
+    """Hq."""
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    """Of q."""
+    cache_dtype: torch.dtype
+    direct: bool
+    """Whether new keys are read from k and v."""
+    mode: str = "causal"
+    block_size: int = 1
+    window: int = 0
+    prefix_hole: bool = False
+    layout: str = "unified"
+    impl: str = "triton_grouped"
+    shape_class: str = "auto"
+
+    @classmethod
+    def of(cls, call: PagedCall) -> ScheduleCall:
+        """The call that makes the schedule of ``call``."""
+        sizes = call.cache_sizes
+        return cls(
+            call.cu_seqlens_q, call.context_lens, call.valid_lens, call.request_values,
+            num_tokens=call.q.shape[0],
+            num_heads=call.q.shape[1],
+            num_kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            page_size=sizes.page_size,
+            dtype=call.q.dtype,
+            cache_dtype=call.k_cache.dtype,
+            direct=call.direct,
+            **{
+                name: getattr(call, name)
+                for name in ("mode", "block_size", "window", "prefix_hole", "layout", "impl", "shape_class")
+            },
+        )  # fmt: skip
+
+    @property
+    def requests(self) -> int:
+        """R."""
+        return self.context_lens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.context_lens.device
+
+    @property
+    def size(self) -> int:
+        """Elements of the schedule: 0 but on CUDA."""
+        if self.device.type != "cuda":
+            return 0
+        return config_of(self).schedule_layout(self.requests, self.num_tokens).size
+
+
+def config_of(call: ScheduleCall) -> PagedConfig:
+    """How the kernels tile a call on its CUDA device, by its shapes, dtypes and names."""
+    return paged_config(
+        architecture(call.device),
+        torch.cuda.get_device_properties(call.device).multi_processor_count,
+        call.impl,
+        resolve_shape_class(call.shape_class, call.num_tokens, call.requests),
+        call.dtype,
+        call.cache_dtype,
+        call.num_heads,
+        call.num_kv_heads,
+        call.head_dim,
+        call.page_size,
+        call.layout,
+    )
+
+
+def check_schedule_of(call: PagedCall) -> None:
+    """Raise ValueError where ``call.schedule`` cannot be of this call; CPUs do not read theirs."""
+    if call.schedule is None or not call.q.is_cuda:
+        return
+    size = ScheduleCall.of(call).size
+    if call.schedule.shape[0] != size:
+        fail(
+            "paged_attention", "schedule", f"{size} elements", f"{call.schedule.shape[0]}",
+            "pass what paged_schedule returned for the same sizes, dtypes, mode, impl and shape_class",
+        )  # fmt: skip
+
+
+def _check(call: ScheduleCall) -> None:
+    arguments = dict(vars(call))
+    del arguments["direct"]
+    check_schedule(**arguments)
+
+
+def _on_cpu(*arguments: Any, **keywords: Any) -> Tensor:
+    call = ScheduleCall(*arguments, **keywords)
+    _check(call)
+    return _empty(call)
+
+
+def _on_cuda(*arguments: Any, **keywords: Any) -> Tensor:
+    from custom_ops.kernels import paged_launch
+
+    call = ScheduleCall(*arguments, **keywords)
+    _check(call)
+    return paged_launch.schedule(call)
+
+
+def _empty(call: ScheduleCall) -> Tensor:
+    return call.context_lens.new_empty(call.size)
+
+
+library.define(
+    "paged_schedule(Tensor cu_seqlens_q, Tensor context_lens, Tensor? valid_lens, Tensor[] request_values, *, "
+    "SymInt num_tokens, int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, "
+    "ScalarType cache_dtype, bool direct, str mode='causal', int block_size=1, int window=0, bool prefix_hole=False, "
+    "str layout='unified', str impl='triton_grouped', str shape_class='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("paged_schedule", _on_cpu, "CPU")
+library.impl("paged_schedule", _on_cuda, "CUDA")
+torch.library.register_fake(f"{NAMESPACE}::paged_schedule", _on_cpu, lib=library)
