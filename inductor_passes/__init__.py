@@ -15,7 +15,10 @@ from inductor_passes import decisions
 __all__ = ["LIBRARY_OPTION", "compile_with_passes", "decisions"]
 
 LIBRARY_OPTION = "library_kernels"
-"""The one option of our own in ``torch.compile(..., options=)``: False leaves library kernels out."""
+"""The one option of our own in ``torch.compile(..., options=)``.
+
+False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper one of paged attention.
+"""
 
 
 def compile_with_passes(gm: Any, example_inputs: Any, **keywords: Any) -> Any:

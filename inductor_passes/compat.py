@@ -6,37 +6,52 @@ Nothing else in the project imports ``torch._inductor`` or ``torch._dynamo``, ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._dynamo.utils import counters
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as auto_functionalized
 from torch._inductor import config, ir, lowering
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm, realize_inputs
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 __all__ = [
     "CustomGraphPass",
+    "FloorDiv",
+    "ModularIndexing",
     "SymbolicGridFn",
     "TritonTemplate",
+    "auto_functionalized",
+    "calls_of",
     "compile_fx",
     "config",
     "contiguous",
     "current_node",
+    "divide",
     "empty_strided",
+    "equal",
+    "example_arguments",
     "fallback",
     "graph_breaks",
     "ir",
     "known_true",
     "lower",
+    "masked_scatter",
     "mode_options",
     "multiple_of",
+    "ops",
     "permute",
     "realize_inputs",
+    "realized",
     "register_lowering",
     "select",
+    "serving_options",
     "size_hint",
     "static_int",
     "unit_last_stride",
@@ -48,6 +63,22 @@ register_lowering = lowering.register_lowering
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's config for a ``torch.compile`` mode; raises RuntimeError naming the modes for an unknown one."""
     return dict(torch._inductor.list_mode_options(mode))
+
+
+def serving_options() -> dict[str, Any]:
+    """Options for graphs that read and write a KV cache.
+
+    Combo kernels put independent kernels of one level of the graph into one launch: the norm and RoPE of q, which has
+    more heads than k, run in the launch that stores k and v. From 2.13 on Inductor refuses where its estimate of the
+    peak memory rises by 5%: a graph that serves keeps almost nothing alive, so one layer's q passes that limit. Up to
+    2.12, reordering loops keeps an epilogue that flattens the heads out of the attention kernel.
+    """
+    options: dict[str, Any] = {"combo_kernels": True}
+    if hasattr(config, "combo_kernel_peak_memory_pct_threshold"):
+        options["combo_kernel_peak_memory_pct_threshold"] = None
+    if not hasattr(config, "loop_reindexing_after_fusion"):
+        options["loop_ordering_after_fusion"] = False
+    return options
 
 
 def graph_breaks() -> dict[str, int]:
@@ -95,6 +126,34 @@ def size_hint(value: Any) -> int:
     return int(V.graph.sizevars.optimization_hint(value))
 
 
+class _MaskedScatter(ir.Scatter):
+    """A scatter that stores only where ``is_valid(index)``.
+
+    The store itself runs inside ``ops.masked``, which adds the condition to the masks of all loads and stores in it.
+    """
+
+    def store_output(self, output_name: str | None, indexer: Any, vars: Sequence[Any]) -> Any:
+        index = indexer(self.output_indexer(vars))
+
+        def store() -> Any:
+            ops.store(output_name or "unnamed", index, self.inner_fn(vars))
+            return ops.constant(0, torch.int32)
+
+        return ops.masked(self.is_valid(vars), store, 0)  # type: ignore[attr-defined]
+
+
+def masked_scatter(target: Any, size: Sequence[Any], value: Any, place: Any, is_valid: Any) -> None:
+    """``target[place(index)] = value(index)`` in place for every index of ``size`` where ``is_valid(index)``."""
+    device = target.get_device()
+    scatter = _MaskedScatter(
+        device=device, dtype=target.get_dtype(), inner_fn=value, ranges=list(size), output_indexer=place
+    )
+    object.__setattr__(scatter, "is_valid", is_valid)
+    buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(target), data=scatter)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+
+
 def known_true(condition: Any) -> bool:
     """Whether a condition on sizes holds for every value they may take, without a guard."""
     return bool(V.graph.sizevars.statically_known_true(condition))
@@ -103,6 +162,36 @@ def known_true(condition: Any) -> bool:
 def multiple_of(value: Any, factor: int) -> bool:
     """Whether a size or stride is a multiple of ``factor`` for every value it may take, without a guard."""
     return bool(V.graph.sizevars.statically_known_multiple_of(value, factor))
+
+
+def divide(one: Any, other: Any) -> Any:
+    """A quotient of fp32 values inside a CUDA kernel, correctly rounded as eager division is; ``truediv`` is not."""
+    if hasattr(OpsHandler, "div_rn"):
+        return ops.div_rn(one, other)
+    return ops.inline_asm_elementwise(
+        one, other, asm="div.rn.f32 $0, $1, $2;", constraints="=f,f,f", dtype=torch.float32, is_pure=True, pack=1
+    )
+
+
+def equal(one: Any, other: Any) -> Any:
+    """The condition that two sizes are equal."""
+    return sympy.Eq(one, other)
+
+
+def realized(box: Any) -> Any:
+    """The value in memory, whatever its strides."""
+    return ir.ExternKernel.realize_input(box)
+
+
+def example_arguments(node: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with fake tensors in place of nodes."""
+    return torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+
+
+def calls_of(gm: torch.fx.GraphModule, targets: Collection[Any]) -> list[torch.fx.Node]:
+    """Every node of a graph and of the graphs inside it that calls one of ``targets``."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
+    return [node for graph in graphs for node in graph.nodes if node.target in targets]
 
 
 def current_node() -> torch.fx.Node:

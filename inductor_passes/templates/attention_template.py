@@ -41,11 +41,11 @@ def template_of(mask: Mask, operands: tuple[str, ...], writes_lse: bool) -> Trit
     arguments = ("Q", "K", "V", *(("LSE",) if writes_lse else ()), *operands)
     frame = _FRAME.replace("<ARGUMENTS>", ", ".join(f'"{name}"' for name in arguments)).replace("<MASK>", mask.name)
     absent = "".join(f"    {name} = K  # not there, never read\n" for name in OPERANDS if name not in operands)
-    source = frame.replace("<ABSENT_OPERANDS>\n", absent) + _raw(_functions_source(mask))
+    source = frame.replace("<ABSENT_OPERANDS>\n", absent) + raw(_functions_source(mask))
     return TritonTemplate(name=f"lowered_attn_{mask.name}{suffix}", grid=_grid, source=source)
 
 
-def _raw(text: str) -> str:
+def raw(text: str) -> str:
     """Text that the template engine must not read."""
     return "\n\n{% raw %}\n" + text + "{% endraw %}\n"
 

@@ -1,0 +1,79 @@
+"""The Inductor frame around the paged tile loop: what ``custom_ops/kernels/paged_forward.py`` is for eager launches.
+
+A program's loop over its items is in the frame, with one store per item, so that an epilogue (a gate, a cast to fp8)
+runs where the output is stored: once a row, after split items were combined.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pathlib
+from typing import Any
+
+from custom_ops.masks import Mask
+from inductor_passes.compat import SymbolicGridFn, TritonTemplate
+from inductor_passes.templates.attention_template import raw
+
+ARGUMENTS = ("Q", "K", "V", "K_CACHE", "V_CACHE", "PAGE_TABLES", "SCHEDULE", "SINKS", "K_SCALE", "V_SCALE",
+             "PARTS", "PART_STATS", "LSE")  # fmt: skip
+"""Every tensor a kernel can take, in its order; a template has those that its calls have."""
+
+STRIDES: dict[str, dict[str, tuple[int | None, ...]]] = {
+    # page, token, head and, of K, a piece of a key or, of V, an element: the cache's dimensions that have them.
+    "unified": {"K_CACHE": (0, 1, 2, None), "V_CACHE": (0, 1, 2, 3)},
+    "distinct": {"K_CACHE": (0, 3, 1, 2), "V_CACHE": (0, 3, 1, 2)},
+}
+
+_FRAME = (pathlib.Path(__file__).parent / "paged_attention.py.jinja").read_text()
+
+
+@SymbolicGridFn
+def _grid(tokens: Any, heads: Any, head_dim: Any, meta: dict) -> tuple:
+    """As many programs as the schedule deals out to, whatever the sizes."""
+    return (meta["PROGRAMS"], 1, 1)
+
+
+@functools.cache
+def template_of(mask: Mask, layout: str, arguments: tuple[str, ...]) -> TritonTemplate:
+    """The template for calls of this mask with these of ``ARGUMENTS``.
+
+    Template names are global in Inductor, so each is made once.
+    """
+    strides = STRIDES[layout]
+    replaced = {
+        "<ARGUMENTS>": ", ".join(f'"{name}"' for name in arguments),
+        "<MASK>": mask.name,
+        "<STRIDE_KC>": _strides("K_CACHE", strides["K_CACHE"]),
+        "<STRIDE_VC>": _strides("V_CACHE", strides["V_CACHE"]),
+        "<STRIDE_K>": _strides("K", (0, 1)) if "K" in arguments else "(0, 0)",
+        "<STRIDE_V>": _strides("V", (0, 1)) if "V" in arguments else "(0, 0)",
+        "<ABSENT_OPERANDS>\n": "".join(
+            f"    {name} = Q  # not there, never read\n" for name in ARGUMENTS[:-1] if name not in arguments
+        ),
+    }
+    frame = _FRAME
+    for mark, text in replaced.items():
+        frame = frame.replace(mark, text)
+    present = "".join(f"_{name.lower()}" for name in ("K", "SINKS", "K_SCALE", "V_SCALE", "LSE") if name in arguments)
+    name = f"lowered_attn_{mask.name}_{layout}{present}"
+    return TritonTemplate(name=name, grid=_grid, source=frame + raw(_functions_source(mask)))
+
+
+def _strides(name: str, dims: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("0" if d is None else f'{{{{stride("{name}", {d})}}}}' for d in dims) + ")"
+
+
+@functools.cache
+def _functions_source(mask: Mask) -> str:
+    """The mask's device functions, the schedule's numbers and the tile loop."""
+    from custom_ops.kernels import paged_tile
+    from custom_ops.kernels.mask_functions import decorated_range_source
+    from custom_ops.paged import schedule_layout
+
+    module = inspect.getsource(paged_tile)
+    numbers = "".join(
+        f"{name} = tl.constexpr({getattr(schedule_layout, name)})\n"
+        for name in ("HEADER_SIZE", "REQUEST_FIELDS", "ENTRY_FIELDS", "PROGRAM_FIELDS", "REQUEST_COPY")
+    )
+    return decorated_range_source(mask) + "\n\n" + numbers + "\n\n" + module[module.index("@triton.jit") :]
