@@ -255,6 +255,45 @@ def cuda_split(call: Callable[[], object], repeats: int = 20) -> Split:
     return Split(statistics.median(host), statistics.median(device))
 
 
+class Graph:
+    """A call as a CUDA graph: the first use warms it up and captures it, every use replays it.
+
+    `copies` calls lie in the graph one behind the other, for calls so short that the replay itself would be measured.
+    After the capture NaN fills what the call returned and the tensors of `written`: an element that a replay leaves
+    unwritten shows. On a device without graphs the call is called.
+    """
+
+    def __init__(
+        self, call: Callable[[], object], device: torch.device, copies: int = 1, written: Sequence[Tensor] = ()
+    ) -> None:
+        self._call, self._device, self._copies, self._written = call, device, copies, written
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: object = None
+
+    def __call__(self) -> object:
+        if self._device.type != "cuda":
+            return self._call()
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None  # captured in the line above
+        self._graph.replay()
+        return self._result
+
+    def _capture(self) -> None:
+        for _ in range(3):  # compile, tune, load libraries: none of these may happen in a capture
+            self._call()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(self._copies):
+                self._result = self._call()
+        returned = self._result if isinstance(self._result, (tuple, list)) else (self._result,)
+        for tensor in (*returned, *self._written):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.fill_(math.nan)
+        self._graph = graph
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
     """One variant's times, a figure a round, in ms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -12,20 +13,22 @@ from matplotlib.figure import Figure
 from tools.report import Document, digest, is_memory_bound, is_timed, rate
 
 COLUMNS = 2
-OURS, OURS_EAGER, PEER, INK = "#c2410c", "#fdba74", "#cbd5e1", "#1f2937"
+OURS, OURS_OTHER, PEER, INK = "#c2410c", "#fdba74", "#cbd5e1", "#1f2937"
+MAIN = ("ours-compiled", "ours-autotuned", "ours")
+"""Our variants in the stronger colour."""
 BAR_HEIGHT_IN, HEAD_IN = 0.24, 0.62
 """Height of a bar, and of a panel's title and margins, in inches."""
 
 
-def draw(document: Document) -> str:
+def draw(document: Document, cases: Sequence[Any] | None = None) -> str:
     """SVG text with the rate of every variant that gave a right result, fastest first.
 
-    A case without one is left out. Each panel has its own scale from 0. The same data gives the same bytes
-    with the same matplotlib.
+    `cases` are those of `document` that are drawn, all where None; one without a right result is left out. Each
+    panel has its own scale from 0. The same data gives the same bytes with the same matplotlib.
     """
     panels = [
         (case, sorted((row for row in case["rows"] if is_timed(row)), key=lambda row: row["ms"]))
-        for case in document["cases"]
+        for case in (document["cases"] if cases is None else cases)
     ]
     panels = [(case, rows) for case, rows in panels if rows]
     memory_bound = [is_memory_bound(case, document["host"]) for case, _ in panels]
@@ -60,7 +63,7 @@ def draw(document: Document) -> str:
 def _panel(ax: Any, slots: int, memory_bound: bool, case: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """One case's bars, fastest on top, in room for `slots` of them."""
     rates = [1 / row["ms"] for row in rows]  # within a case every rate is its constant over the time
-    colours = [PEER if not row["ours"] else OURS_EAGER if row["variant"] == "ours-eager" else OURS for row in rows]
+    colours = [PEER if not row["ours"] else OURS if row["variant"] in MAIN else OURS_OTHER for row in rows]
     bars = ax.barh(range(len(rows)), rates, height=0.74, color=colours)
     ax.bar_label(bars, [f"{rate(row, memory_bound)}, {row['ms']:.3g} ms" for row in rows], padding=3, color=INK)
     ax.set_yticks(range(len(rows)), [row["title"] for row in rows])

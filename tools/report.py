@@ -1,10 +1,10 @@
 """Write the measured figures into README.md, as a table, and plot them.
 
-    python -m tools.report            # writes README.md and tools/results/dense.svg from
-    tools/results/dense.json python -m tools.report --check    # exit 1 where they are not what dense.json
-    gives
+    python -m tools.report            # writes README.md and the plots beside the data in tools/results
+    python -m tools.report --check    # exit 1 where they are not what the data gives
 
-No figure appears that is not in the data. A result that was wrong is shown as wrong, never with a time.
+`dense.json` has to be there, `paged.json` is reported where it is (see `tools.report_paged`). No figure appears that is
+not in the data. A result that was wrong is shown as wrong, never with a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,30 +172,66 @@ def block(document: Document, plot: str | None) -> str:
     return "\n".join([*picture, table(document)])
 
 
-def replaced(readme: str, text: str, name: str = "README.md") -> str:
+@dataclass(frozen=True)
+class Section:
+    """A results file and its place in README."""
+
+    name: str
+    """`<name>.json` and `<name>.svg` in the folder of results."""
+    markers: tuple[str, str]
+    """The lines in README around what is written."""
+    block: Callable[[Document, str | None], str]
+    """What stands between them, from the data and the plot's path."""
+    plotted: Callable[[Document], list[Any]]
+    """The cases that the plot shows."""
+    required: bool
+    """Whether a missing results file is an error."""
+
+
+def sections() -> tuple[Section, ...]:
+    """All of them, in README's order."""
+    from tools import report_paged
+
+    return (
+        Section("dense", (BEGIN, END), block, lambda document: document["cases"], required=True),
+        Section("paged", report_paged.MARKERS, report_paged.block, report_paged.plotted, required=False),
+    )
+
+
+def replaced(readme: str, text: str, name: str = "README.md", markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`readme` with `text` between the markers.
 
     Raises ReportError where they are missing, repeated or the wrong way round.
     """
-    begin, end = readme.find(BEGIN), readme.find(END)
-    if begin < 0 or end < begin or readme.count(BEGIN) != 1 or readme.count(END) != 1:
+    first, last = markers
+    begin, end = readme.find(first), readme.find(last)
+    if begin < 0 or end < begin or readme.count(first) != 1 or readme.count(last) != 1:
         raise ReportError(
-            f"{name}: expected one line {BEGIN} and, below it, one line {END}; add them where the table goes"
+            f"{name}: expected one line {first} and, below it, one line {last}; add them where the table goes"
         )
-    return f"{readme[: begin + len(BEGIN)]}\n{text}\n{readme[end:]}"
+    return f"{readme[: begin + len(first)]}\n{text}\n{readme[end:]}"
 
 
 def stale(readme: Path, results: Path) -> list[str]:
-    """What is out of date, in words; nothing where all is as `results / "dense.json"` gives it."""
-    document = load(results / "dense.json")
-    plot = results / "dense.svg"
+    """What is out of date, in words; nothing where all is as the data in `results` gives it."""
     found = []
     text = readme.read_text()
-    if replaced(text, block(document, _link(readme, plot)), str(readme)) != text:
-        found.append(f"{readme}: the table is not what {results / 'dense.json'} gives")
-    if not plot.exists() or digest(document) not in plot.read_text():
-        found.append(f"{plot}: missing, or drawn from other data")
+    for section, document, plot in _given(results):
+        written = section.block(document, _link(readme, plot))
+        if replaced(text, written, str(readme), section.markers) != text:
+            found.append(f"{readme}: the table is not what {plot.with_suffix('.json')} gives")
+        if not plot.exists() or digest(document) not in plot.read_text():
+            found.append(f"{plot}: missing, or drawn from other data")
     return found
+
+
+def _given(results: Path) -> list[tuple[Section, dict[str, Any], Path]]:
+    """Each section that has data, its data and its plot's path."""
+    return [
+        (section, load(results / f"{section.name}.json"), results / f"{section.name}.svg")
+        for section in sections()
+        if section.required or (results / f"{section.name}.json").exists()
+    ]
 
 
 def _link(readme: Path, plot: Path) -> str:
@@ -205,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something is out of date")
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of dense.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of dense.json and paged.json")
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     try:
         if options.check:
@@ -213,20 +250,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in found:
                 print(f"{line}; run python -m tools.report", file=sys.stderr)
             return 1 if found else 0
-        document = load(options.results / "dense.json")
-        plot = options.results / "dense.svg"
-        text = replaced(options.readme.read_text(), block(document, _link(options.readme, plot)), str(options.readme))
-        try:
-            from tools.plot import draw
-        except ImportError as error:
-            raise ReportError(f"the plot needs matplotlib: {error}; pip install lowered-attn[bench]") from error
-        plot.write_text(draw(document))
-        options.readme.write_text(text)
+        plots = _write(options.readme, options.results)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{options.readme} and {plot} written")
+    print(f"{options.readme} and {' and '.join(map(str, plots))} written")
     return 0
+
+
+def _write(readme: Path, results: Path) -> list[Path]:
+    """Write README and the plots; the paths of these. Raises ReportError before anything is written."""
+    text, pictures = readme.read_text(), {}
+    given = _given(results)
+    for section, document, plot in given:
+        text = replaced(text, section.block(document, _link(readme, plot)), str(readme), section.markers)
+    try:
+        from tools.plot import draw
+    except ImportError as error:
+        raise ReportError(f"the plot needs matplotlib: {error}; pip install lowered-attn[bench]") from error
+    for section, document, plot in given:
+        pictures[plot] = draw(document, section.plotted(document))
+    for plot, picture in pictures.items():
+        plot.write_text(picture)
+    readme.write_text(text)
+    return list(pictures)
 
 
 if __name__ == "__main__":

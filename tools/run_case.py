@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from torch import Tensor
 from tools.cases import Case
 from tools.measure import Errors, Exact, Split, Timer, Times, compare, exact_attention, interleaved
 from tools.variants import VARIANTS, Prepared, Problem, Unavailable, Variant
+
+
+class Inputs(Protocol):
+    """What a case's tensors have in common, whatever is computed from them."""
+
+    @property
+    def query(self) -> Tensor:
+        """Its device and dtype are those of the case."""
+
+
+P = TypeVar("P", bound=Inputs)
 
 
 class DeviceLostError(RuntimeError):
@@ -86,7 +97,7 @@ def problem_of(case: Case, device: torch.device, seed: int) -> Problem:
 
 def run_case(
     case: Case,
-    named: Sequence[Variant] | None,
+    named: Sequence[Variant[Problem]] | None,
     settings: Settings,
     timer: Timer,
     device: torch.device,
@@ -104,6 +115,38 @@ def run_case(
     exact = exact_attention(
         case.form, problem.query, problem.key, problem.value, problem.operands, case.scale, problem.grad_out
     )
+    rows = measured_rows(variants, problem, exact, (case.flops, case.bytes), settings, timer, say, split)
+    return {
+        "name": case.name,
+        "form": case.form.name,
+        "title": case.title,
+        "backward": case.backward,
+        "dtype": str(problem.query.dtype).removeprefix("torch."),
+        "q": list(problem.query.shape),
+        "k": list(problem.key.shape),
+        "v": list(problem.value.shape),
+        "operands": {name: _describe(value) for name, value in problem.operands.items()},
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "rows": rows,
+    }
+
+
+def measured_rows(
+    variants: Sequence[Variant[P]],
+    problem: P,
+    exact: Exact,
+    work: tuple[int, int],
+    settings: Settings,
+    timer: Timer,
+    say: Say = print,
+    split: Callable[[Callable[[], object]], Split] | None = None,
+) -> list[dict[str, Any]]:
+    """Check each variant against `exact`, then time those that are right, in rounds: a row each, in JSON's types.
+
+    `work` is the FLOPs and bytes of one call. Raises DeviceLostError.
+    """
+    device = problem.query.device
     rows = {v.name: Row(v.name, v.title, v.ours) for v in variants}
     ready: dict[str, Prepared] = {}
     for variant in variants:
@@ -127,24 +170,11 @@ def run_case(
             _fail(rows[name], error, device)
             continue
         if rows[name].status == "ok":
-            _record(rows[name], taken, apart, case)
-    return {
-        "name": case.name,
-        "form": case.form.name,
-        "title": case.title,
-        "backward": case.backward,
-        "dtype": str(problem.query.dtype).removeprefix("torch."),
-        "q": list(problem.query.shape),
-        "k": list(problem.key.shape),
-        "v": list(problem.value.shape),
-        "operands": {name: _describe(value) for name, value in problem.operands.items()},
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "rows": [_plain(dataclasses.asdict(row)) for row in rows.values()],
-    }
+            _record(rows[name], taken, apart, *work)
+    return [_plain(dataclasses.asdict(row)) for row in rows.values()]
 
 
-def _first_call(variant: Variant, row: Row, problem: Problem, exact: Exact) -> Prepared | None:
+def _first_call(variant: Variant[P], row: Row, problem: P, exact: Exact) -> Prepared | None:
     """Prepare the variant, run it once and check its result.
 
     None, with the reason in `row`, where it is not to be timed.
@@ -160,7 +190,7 @@ def _first_call(variant: Variant, row: Row, problem: Problem, exact: Exact) -> P
         _check(row, prepared, problem, exact)
         row.extra_mib = _extra_mib(prepared.run, device)
     except Unavailable as error:
-        row.status, row.reason = "unavailable", _in_one_line(error)
+        row.status, row.reason = "unavailable", in_one_line(error)
         return None
     except Exception as error:  # a variant that cannot run is a row, not a crash
         _fail(row, error, device)
@@ -168,7 +198,7 @@ def _first_call(variant: Variant, row: Row, problem: Problem, exact: Exact) -> P
     return prepared if row.status == "ok" else None
 
 
-def _check(row: Row, prepared: Prepared, problem: Problem, exact: Exact) -> None:
+def _check(row: Row, prepared: Prepared, problem: Inputs, exact: Exact) -> None:
     """Run once more and keep the worse errors in `row`; mark it wrong where they are too large."""
     _poison(exact, problem)
     found, wrong = compare(prepared.outputs(prepared.run()), exact, problem.query.dtype)
@@ -179,23 +209,23 @@ def _check(row: Row, prepared: Prepared, problem: Problem, exact: Exact) -> None
         row.status, row.reason = "wrong", "; ".join(wrong)
 
 
-def _poison(exact: Exact, problem: Problem) -> None:
+def _poison(exact: Exact, problem: Inputs) -> None:
     """Leave NaN in the memory that the next outputs are likely to get: an unwritten element then shows."""
     for tensor in exact.named.values():
         torch.full(tensor.shape, float("nan"), dtype=problem.query.dtype, device=tensor.device)
 
 
-def _record(row: Row, times: Times, apart: Split | None, case: Case) -> None:
+def _record(row: Row, times: Times, apart: Split | None, flops: int, moved: int) -> None:
     row.ms, row.ms_min, row.ms_max = times.ms, min(times.rounds_ms), max(times.rounds_ms)
     row.rounds_ms = list(times.rounds_ms)
     if apart is not None:
         row.host_ms, row.device_ms = apart.host_ms, apart.device_ms
-    row.tflop_per_s, row.tb_per_s = case.flops / times.ms / 1e9, case.bytes / times.ms / 1e9
+    row.tflop_per_s, row.tb_per_s = flops / times.ms / 1e9, moved / times.ms / 1e9
 
 
 def _fail(row: Row, error: Exception, device: torch.device) -> None:
     """Record what a variant raised. Raises DeviceLostError where the GPU no longer answers."""
-    row.status, row.reason = "failed", f"{type(error).__name__}: {_in_one_line(error)}"
+    row.status, row.reason = "failed", f"{type(error).__name__}: {in_one_line(error)}"
     if device.type != "cuda":
         return
     try:
@@ -258,7 +288,8 @@ def _describe(value: Tensor | int | None) -> Any:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else value
 
 
-def _in_one_line(error: Exception, limit: int = 300) -> str:
+def in_one_line(error: Exception, limit: int = 300) -> str:
+    """What the error says, cut to `limit` characters, without line breaks and folders."""
     return _without_folders(" ".join(str(error).split()))[:limit]
 
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from custom_ops.form import Form
 from custom_ops.masks import OperandValue
 
 PEERS = Path(__file__).resolve().parent.parent / ".peers" / "peers.py"
+
+P = TypeVar("P")
+"""What a variant computes: a case with its tensors."""
 
 
 class Unavailable(RuntimeError):
@@ -70,23 +73,26 @@ class Prepared:
     run: Callable[[], Any]
     """What is timed."""
     outputs: Callable[[Any], tuple[Tensor, ...]] = lambda result: result
-    """Makes `(out [B, Hq, Lq, Dv],)`, or `(out, dq, dk, dv)`, of what `run` returned; not timed."""
+    """Makes `(out [B, Hq, Lq, Dv],)`, or `(out, dq, dk, dv)`, of what `run` returned; not timed. Of a paged case,
+    `(out [T, Hq, D],)`."""
+    written: tuple[Tensor, ...] = ()
+    """What a run writes besides its result."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(Generic[P]):
     """A way to compute a case."""
 
     name: str
     """As typed after `--variants`."""
     title: str
     """As reports print it."""
-    prepare: Callable[[Problem], Prepared]
+    prepare: Callable[[P], Prepared]
     """Does what is paid once. Raises `Unavailable` with the reason where the variant cannot run."""
     ours: bool = False
     compiled: bool = False
     """Whether the first call compiles, so that its time is a compile time."""
-    by_default: Callable[[Problem], bool] = lambda problem: True
+    by_default: Callable[[P], bool] = lambda problem: True
     """Whether it is measured when no variants are named."""
 
 
@@ -232,6 +238,16 @@ def peers() -> ModuleType:
     return module
 
 
+def peers_with_fa3() -> ModuleType:
+    """The adapters, FlashAttention-3 loaded. Raises `Unavailable` where it cannot be."""
+    module = peers()
+    try:
+        module.fa3_op()
+    except (OSError, module.Unavailable) as error:  # OSError: built for another torch or CUDA
+        raise Unavailable(str(error)) from error
+    return module
+
+
 def _fa3(problem: Problem) -> Prepared:
     """FlashAttention-3, in the token-major layout that it wants, made outside the clock."""
     if problem.grad_out is not None:
@@ -240,11 +256,7 @@ def _fa3(problem: Problem) -> Prepared:
         raise Unavailable("FlashAttention-3 has a causal flag and a window, and no other mask")
     if problem.scale is not None:
         raise Unavailable("the adapter of FlashAttention-3 takes no scale")
-    module = peers()
-    try:
-        module.fa3_op()
-    except (OSError, module.Unavailable) as error:  # OSError: built for another torch or CUDA
-        raise Unavailable(str(error)) from error
+    module = peers_with_fa3()
     query, key, value = (t.transpose(1, 2).contiguous() for t in (problem.query, problem.key, problem.value))
     window = problem.operands.get("window")
     return Prepared(
@@ -255,7 +267,7 @@ def _fa3(problem: Problem) -> Prepared:
 
 AUTOTUNE = "max-autotune-no-cudagraphs"
 
-VARIANTS: dict[str, Variant] = {
+VARIANTS: dict[str, Variant[Problem]] = {
     variant.name: variant
     for variant in (
         Variant("ours-compiled", "lowered-attn, compiled", _ours_compiled, ours=True, compiled=True),
