@@ -18,6 +18,7 @@ from torch import Tensor
 
 from custom_ops.checks import fail
 from custom_ops.form import NAMESPACE
+from custom_ops.kernels.gluon import unsupported_reasons
 from custom_ops.kernels.paged_config import PagedConfig, paged_config, resolve_shape_class
 from custom_ops.kernels.specialise import architecture
 from custom_ops.op import library
@@ -92,6 +93,11 @@ class ScheduleCall:
 
 def config_of(call: ScheduleCall) -> PagedConfig:
     """How the kernels tile a call on its CUDA device, by its shapes, dtypes and names."""
+    against_gluon = unsupported_reasons(
+        architecture=architecture(call.device), impl=call.impl, dtype=call.dtype, cache_dtype=call.cache_dtype,
+        group=call.num_heads // call.num_kv_heads, head_dim=call.head_dim, page_size=call.page_size,
+        layout=call.layout,
+    )  # fmt: skip
     return paged_config(
         architecture(call.device),
         torch.cuda.get_device_properties(call.device).multi_processor_count,
@@ -104,6 +110,8 @@ def config_of(call: ScheduleCall) -> PagedConfig:
         call.head_dim,
         call.page_size,
         call.layout,
+        gluon=not against_gluon,
+        requests=call.requests,
     )
 
 

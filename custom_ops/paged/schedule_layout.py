@@ -1,13 +1,13 @@
 """How the schedule of a step lies in memory: one int32 tensor that the schedule kernel writes and every layer reads.
 
     HEADER    [16]         total units, quantum, mode, entries in use
-    REQUESTS  [R + 1, 16]  q_start, n, context, valid, four values of the mask; request R holds a bucket's padding rows
-    ENTRIES   [E, 16]      units before, key tiles of one head, request, row tile, a copy of the request's record
+    ENTRIES   [E, 16]      units before, key tiles of one head, request, row tile; of the request: q_start, n, context,
+                           valid, four values of the mask. Request R holds a bucket's padding rows
     PROGRAMS  [P, 8]       first unit, end unit, entry of the first unit; whose parts an item is, see below
     COUNTERS  [P * counters_per_program]  0 before and after every launch of attention
 
 A *unit* is one key tile of one head of one row tile. An *entry* is a row tile of a request, all heads; entries in use
-come first, request by request, and have at least one unit a head: where no row sees anything, that unit computes
+come first, longest request first, and have at least one unit a head: where no row sees anything, that unit computes
 nothing and writes the outputs of rows that see nothing. An *item* is one head of an entry. Item ``h`` of an entry has
 the units ``before + h * n_tiles`` up to ``n_tiles`` further. Each of the P programs computes the units from its first
 to its end; those ranges lie one after the other, and only the last ones may be empty.
@@ -27,19 +27,11 @@ import dataclasses
 HEADER_SIZE = 16
 TOTAL_UNITS = 0
 QUANTUM = 1
-"""Units a program is given before cuts move to borders of items."""
+"""An even share of the units, rounded up."""
 MODE = 2
-"""0: programs take the ranges of PROGRAMS."""
+"""0: programs take the ranges of PROGRAMS. 1: items are dealt out whole, and PROGRAMS is not filled: program p takes
+items ``p``, ``2P - 1 - p``, ``2P + p``, ...; item i is head ``i % heads`` of entry ``i // heads``."""
 ENTRIES_USED = 3
-
-REQUEST_FIELDS = 16
-Q_START = 0
-NEW = 1
-CONTEXT = 2
-VALID = 3
-EXTRAS = 4
-"""The first of the mask's own values; 0 where the mask has fewer."""
-MAX_EXTRAS = 4
 
 ENTRY_FIELDS = 16
 UNITS_BEFORE = 0
@@ -47,8 +39,16 @@ KEY_TILES = 1
 """Key tiles of one head; 0 in entries that are not in use."""
 REQUEST = 2
 ROW_TILE = 3
-REQUEST_COPY = 4
-"""Where the first 8 fields of the request's record follow: one record to load instead of one after the other."""
+OF_REQUEST = 4
+"""Where the request's own fields begin, in each of its entries: one record to load instead of one after the other."""
+
+Q_START = 0
+NEW = 1
+CONTEXT = 2
+VALID = 3
+EXTRAS = 4
+"""The first of the mask's own values; 0 where the mask has fewer."""
+MAX_EXTRAS = 4
 
 PROGRAM_FIELDS = 8
 FIRST_UNIT = 0
@@ -79,12 +79,8 @@ class ScheduleLayout:
         return self.requests + 1 + (self.tokens + self.tile_tokens - 1) // self.tile_tokens
 
     @property
-    def requests_at(self) -> int:
-        return HEADER_SIZE
-
-    @property
     def entries_at(self) -> int:
-        return self.requests_at + (self.requests + 1) * REQUEST_FIELDS
+        return HEADER_SIZE
 
     @property
     def programs_at(self) -> int:

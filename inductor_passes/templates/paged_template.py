@@ -74,6 +74,6 @@ def _functions_source(mask: Mask) -> str:
     module = inspect.getsource(paged_tile)
     numbers = "".join(
         f"{name} = tl.constexpr({getattr(schedule_layout, name)})\n"
-        for name in ("HEADER_SIZE", "REQUEST_FIELDS", "ENTRY_FIELDS", "PROGRAM_FIELDS", "REQUEST_COPY")
+        for name in ("HEADER_SIZE", "ENTRY_FIELDS", "PROGRAM_FIELDS", "OF_REQUEST")
     )
     return decorated_range_source(mask) + "\n\n" + numbers + "\n\n" + module[module.index("@triton.jit") :]

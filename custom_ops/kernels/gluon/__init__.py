@@ -1,0 +1,38 @@
+"""Paged attention for Hopper GPUs, written in Gluon. Importing this loads neither triton nor gluon."""
+
+from __future__ import annotations
+
+import torch
+
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+LARGEST_GROUP = 16
+
+
+def unsupported_reasons(
+    *,
+    architecture: int,
+    impl: str,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    layout: str,
+) -> list[str]:
+    """Why the Hopper kernel cannot take a call of paged attention; empty where it can.
+
+    It follows from what the schedule knows, since schedule and attention must choose alike. ``architecture``: compute
+    capability times ten. ``group``: query heads of one KV head.
+    """
+    checks = (
+        (architecture == 90, f"architecture: expected 90 (Hopper), got {architecture}"),
+        (impl == "triton_grouped", f"impl: expected 'triton_grouped', got {impl!r}"),
+        (dtype in (torch.bfloat16, torch.float16), f"q: expected bfloat16 or float16, got {dtype}"),
+        (cache_dtype == dtype, f"k_cache: expected q's dtype {dtype}, got {cache_dtype}"),
+        (group <= LARGEST_GROUP, f"heads: expected at most {LARGEST_GROUP} query heads a KV head, got {group}"),
+        (head_dim in HEAD_DIMS, f"head_dim: expected one of {HEAD_DIMS}, got {head_dim}"),
+        (page_size in PAGE_SIZES, f"page_size: expected one of {PAGE_SIZES}, got {page_size}"),
+        (layout == "unified", f"layout: expected 'unified', got {layout!r}"),
+    )
+    return [reason for holds, reason in checks if not holds]

@@ -1,0 +1,183 @@
+"""Eager CUDA launches of the paged kernels (CPU tensors too, under Triton's interpreter), of checked arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from custom_ops.checks import fail
+from custom_ops.kernels.mask_functions import paged_functions
+from custom_ops.kernels.paged_config import PagedConfig
+from custom_ops.kernels.paged_forward import paged_forward_kernel
+from custom_ops.kernels.paged_schedule import schedule_kernel
+from custom_ops.kernels.paged_specialise import attention_constants
+from custom_ops.kernels.paged_store import store_kernel
+from custom_ops.kernels.specialise import padded_dim
+from custom_ops.paged.call import PagedCall, empty_outputs
+from custom_ops.paged.layout import FP8, LAYOUTS
+from custom_ops.paged.masks import paged_mask
+from custom_ops.paged.schedule import ScheduleCall, config_of
+from custom_ops.paged.schedule_layout import MAX_EXTRAS
+
+
+def schedule_blocks(requests: int, tokens: int, config: PagedConfig) -> dict[str, Any]:
+    """How much the schedule kernel works on at once.
+
+    A thread a program and few row tiles a request, for short code: it is fetched from device memory once a step, which
+    takes longer than running it.
+    """
+    block = max(triton.next_power_of_2(requests), 4)
+    programs_block = triton.next_power_of_2(config.programs)
+    row_tiles = triton.next_power_of_2(triton.cdiv(tokens, max(requests, 1) * config.tile_tokens))
+    return {
+        "PROGRAMS": config.programs,
+        "PROGRAMS_BLOCK": programs_block,
+        "REQUESTS_BLOCK": block,
+        "TILES_BLOCK": max(1, min(row_tiles, 1024 // block)),
+        "SORT": block <= 1024,
+        "num_warps": 16 if max(block, programs_block) > 256 else 8,
+    }
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether attention is launched before the kernel before it has ended (programmatic dependent launch).
+
+    It then waits on the device, in place: the schedule it waits for is one small program, and the rest of the GPU idle.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def schedule(call: ScheduleCall, config: PagedConfig | None = None) -> Tensor:
+    """The schedule of a step, int32, laid out by ``custom_ops.paged.schedule_layout``.
+
+    ``config`` overrides the shipped tiling.
+    """
+    config = config or config_of(call)
+    requests, tokens = call.requests, call.num_tokens
+    layout = config.schedule_layout(requests, tokens)
+    out = call.context_lens.new_empty(layout.size)
+    if tokens == 0:
+        return out
+    mask = paged_mask(call.mode, block_size=call.block_size, window=call.window or None, prefix_hole=call.prefix_hole)
+    lengths = [call.cu_seqlens_q, call.context_lens, call.valid_lens, *call.request_values]
+    lengths += [None] * (3 + MAX_EXTRAS - len(lengths))
+    # Any tensor stands for one that is absent: the kernel does not read it.
+    pointers = [call.context_lens if t is None else t.contiguous() for t in lengths]
+    with _device(out):
+        schedule_kernel[(1,)](
+            out, *pointers, requests, tokens, layout.entries,
+            RANGE=paged_functions(mask).range, DIRECT=call.direct, HAS_VALID=call.valid_lens is not None,
+            EXTRAS=len(call.request_values), HEADS=config.items_per_entry, TILE_TOKENS=config.tile_tokens,
+            BLOCK_N=config.block_n, TOLERANCE=config.tolerance, COUNTERS_PER_PROGRAM=config.counters_per_program,
+            DEAL=config.kernel == "gluon", OVERLAP=overlaps(out.device), **schedule_blocks(requests, tokens, config),
+        )  # fmt: skip
+    return out
+
+
+def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:
+    """``out [T, Hq, D]`` and ``lse [T, Hq]`` of a call; makes the schedule where the call has none.
+
+    ``config`` overrides the shipped tiling; the call's schedule must have been made with the same.
+    """
+    out, lse = empty_outputs(call.q)
+    if call.q.numel() == 0:
+        return out, lse
+    schedule_call = ScheduleCall.of(call)
+    config = config or config_of(schedule_call)
+    made = schedule(schedule_call, config) if call.schedule is None else call.schedule
+    with _device(out):
+        if config.kernel == "gluon":
+            from custom_ops.kernels.gluon import launch as gluon_launch
+
+            gluon_launch.attention(call, made, config, out, lse)
+        else:
+            _launch_attention(call, config, made, out, lse)
+    return out, lse
+
+
+def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: Tensor, lse: Tensor) -> None:
+    _check_fp8(call.q, call.k_cache)
+    _check_cache_strides(call)
+    fields = {name: getattr(call, name) for name in ("q", "k", "v")}
+    packed = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in fields.items()}
+    call = dataclasses.replace(call, **packed)
+    q = call.q
+    functions = paged_functions(call.mask)
+    keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
+    rows = 2 * config.programs * config.block_m
+    parts = q.new_empty(rows * padded_dim(q.shape[2]), dtype=torch.float32)
+    part_stats = q.new_empty(2 * rows, dtype=torch.float32)
+    layout = config.schedule_layout(call.requests, q.shape[0])
+    pages = call.page_tables if call.page_tables.stride(-1) == 1 else call.page_tables.contiguous()
+    # Any tensor stands for one that is absent: the kernel does not read it.
+    absent = q
+    operands = [absent if t is None else t for t in (call.sinks, call.k_scale, call.v_scale)]
+    new_keys, new_values = (absent if t is None else t for t in (call.k, call.v))
+    paged_forward_kernel[(config.programs,)](
+        q, new_keys, new_values, call.k_cache, call.v_cache, pages, made, *operands, parts, part_stats, out, lse,
+        q.stride()[:2], new_keys.stride()[:2], new_values.stride()[:2], keys.stride()[:4], values.stride(),
+        pages.stride(0), out.stride()[:2],
+        layout.entries, config.programs, call.cache_sizes.pages, pages.shape[1],
+        call.score_scale, call.softcap,
+        RANGE=functions.range, VISIBLE=functions.visible, **attention_constants(call, config),
+        OVERLAP=overlaps(q.device), **({"launch_pdl": True} if overlaps(q.device) else {}),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def store(
+    *,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str,
+) -> None:
+    """``torch.ops.lowered_attn.store_kv_cache``: ``k`` and ``v`` ``[T, Hkv, D]`` to the slots of ``slot_mapping``."""
+    if k.numel() == 0:
+        return
+    _check_fp8(k, k_cache)
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    sizes = LAYOUTS[layout].sizes(k_cache)
+    keys, values = LAYOUTS[layout].key_tokens(k_cache), LAYOUTS[layout].value_tokens(v_cache)
+    wide = padded_dim(sizes.head_dim)
+    block_heads = max(1, min(triton.next_power_of_2(sizes.kv_heads), 1024 // wide))
+    block_tokens = max(1, 1024 // (block_heads * wide))
+    with _device(k):
+        store_kernel[(triton.cdiv(k.shape[0], block_tokens),)](
+            k, v, k_cache, v_cache, slot_mapping.contiguous(),
+            k if k_scale is None else k_scale, v if v_scale is None else v_scale,
+            k.stride()[:2], v.stride()[:2], keys.stride(), (*values.stride()[:3], 0, values.stride(3)),
+            k.shape[0], sizes.pages * sizes.page_size, sizes.kv_heads,
+            HAS_K_SCALE=k_scale is not None, HAS_V_SCALE=v_scale is not None, TO_FP8=k_cache.dtype == FP8,
+            PAGE_SIZE=sizes.page_size, X=keys.shape[4], BLOCK_TOKENS=block_tokens, BLOCK_HEADS=block_heads,
+            D=sizes.head_dim, D_PAD=wide, num_warps=4,
+        )  # fmt: skip
+
+
+def _check_fp8(like: Tensor, cache: Tensor) -> None:
+    if cache.dtype == FP8 and like.is_cuda and torch.cuda.get_device_capability(like.device) < (8, 9):
+        fail(
+            "paged_attention", "k_cache", "float16 or bfloat16 below compute capability 8.9", "float8_e4m3fn",
+            "keep the caches in q's dtype on this GPU",
+        )  # fmt: skip
+
+
+def _check_cache_strides(call: PagedCall) -> None:
+    keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
+    for name, stride in (("k_cache", keys.stride(4)), ("v_cache", values.stride(3))):
+        if stride != 1 and (name == "k_cache" or call.layout == "unified"):
+            remedy = "allocate it in the layout's own order"
+            fail("paged_attention", name, "its last dimension without gaps", f"stride {stride}", remedy)
+
+
+def _device(t: Tensor) -> Any:
+    """Launch on the tensors' own GPU, whichever is current."""
+    return torch.cuda.device(t.device if t.is_cuda else -1)
