@@ -38,7 +38,7 @@ def schedule_blocks(requests: int, tokens: int, config: PagedConfig) -> dict[str
         "PROGRAMS_BLOCK": programs_block,
         "REQUESTS_BLOCK": block,
         "TILES_BLOCK": max(1, min(row_tiles, 1024 // block)),
-        "SORT": block <= 1024,
+        "SORT": config.kernel == "gluon" and block <= 1024,
         "num_warps": 16 if max(block, programs_block) > 256 else 8,
     }
 

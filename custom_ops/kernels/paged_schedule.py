@@ -4,7 +4,8 @@
 launch, in which lengths are loaded once: a lane has a request, and writes the entries of its row tiles. Nothing on the
 host depends on lengths.
 
-Requests come longest first, where they are few enough to sort. Then the way is chosen:
+Where SORT, requests come longest first: dealing needs that. Ranges suffer from it, as the last programs get all the
+short items (128 requests of 128 to 8,192 keys: 0.85 of FlashAttention-3's rate, unsorted 0.99). The way is chosen:
 
     dealt   where DEAL, and equal numbers of whole items in snake order give no program more than TOLERANCE percent
             above an even share: no item is split, and the row tiles of a request, which lie one after the
@@ -231,9 +232,6 @@ def schedule_kernel(
             padded_tile, nothing + padding_start, nothing + tokens - padding_start,
             (nothing, nothing, nothing, nothing, nothing, nothing), padded_tile < padding_tiles,
         )  # fmt: skip
-    for start in range(used, capacity, REQUESTS_BLOCK):
-        unused = start + tl.arange(0, REQUESTS_BLOCK)
-        tl.store(entries + unused * ENTRY_FIELDS + 1, 0, mask=unused < capacity)
 
     items = used * HEADS
     quantum = tl.maximum(tl.cdiv(units, PROGRAMS), 1)

@@ -6,11 +6,12 @@
     PROGRAMS  [P, 8]       first unit, end unit, entry of the first unit; whose parts an item is, see below
     COUNTERS  [P * counters_per_program]  0 before and after every launch of attention
 
-A *unit* is one key tile of one head of one row tile. An *entry* is a row tile of a request, all heads; entries in use
-come first, longest request first, and have at least one unit a head: where no row sees anything, that unit computes
-nothing and writes the outputs of rows that see nothing. An *item* is one head of an entry. Item ``h`` of an entry has
-the units ``before + h * n_tiles`` up to ``n_tiles`` further. Each of the P programs computes the units from its first
-to its end; those ranges lie one after the other, and only the last ones may be empty.
+A *unit* is one key tile of one head of one row tile. An *entry* is a row tile of a request, all heads. Entries in use
+come first, longest request first where they may be dealt, else in the order of requests; the others are not written.
+One in use has at least one unit a head: where no row sees anything, that unit computes nothing and writes the outputs
+of rows that see nothing. An *item* is one head of an entry. Item ``h`` of an entry has the units ``before + h *
+n_tiles`` up to ``n_tiles`` further. Each of the P programs computes the units from its first to its end; those ranges
+lie one after the other, and only the last ones may be empty.
 
 An item that several programs share is a *split* item, and each share a *part*. The last part to arrive combines all
 parts in program order. Which programs those are is in the record of a program: FIRST_PROGRAM to LAST_PROGRAM for the
@@ -36,7 +37,7 @@ ENTRIES_USED = 3
 ENTRY_FIELDS = 16
 UNITS_BEFORE = 0
 KEY_TILES = 1
-"""Key tiles of one head; 0 in entries that are not in use."""
+"""Key tiles of one head."""
 REQUEST = 2
 ROW_TILE = 3
 OF_REQUEST = 4
