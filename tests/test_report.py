@@ -19,7 +19,7 @@ from torch import Tensor
 
 from custom_ops.forms import FORMS
 from custom_ops.reference import reference_attention
-from tools import bench, measure, report, run_case
+from tools import bench, measure, report, report_step, run_case
 from tools.variants import Prepared, Problem, Unavailable, Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -432,3 +432,21 @@ def test_the_committed_readme_is_what_the_committed_results_give() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_whole_step_is_reported_from_its_own_file(tmp_path: Path) -> None:
+    """It has no plot, and README is out of date when its data changes."""
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    for name in ("dense.json", "whole_step.json"):
+        (results / name).write_text((ROOT / "tools" / "results" / name).read_text())
+    begin, end = report_step.MARKERS
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n{begin}\n{end}\n")
+    assert report.main(["--readme", str(readme), "--results", str(results)]) == 0
+    document = json.loads((results / "whole_step.json").read_text())
+    step = document["steps"][0]
+    assert f"{step['tokens_per_s']:,} |" in readme.read_text() and not (results / "whole_step.svg").exists()
+    assert report.main(["--check", "--readme", str(readme), "--results", str(results)]) == 0
+    step["step_ms"] += 1
+    (results / "whole_step.json").write_text(json.dumps(document))
+    assert report.main(["--check", "--readme", str(readme), "--results", str(results)]) == 1

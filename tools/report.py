@@ -3,8 +3,9 @@
     python -m tools.report            # writes README.md and the plots beside the data in tools/results
     python -m tools.report --check    # exit 1 where they are not what the data gives
 
-`dense.json` has to be there, `paged.json` is reported where it is (see `tools.report_paged`). No figure appears that is
-not in the data. A result that was wrong is shown as wrong, never with a time.
+`dense.json` has to be there; `paged.json` and `whole_step.json` are reported where they are (see `tools.report_paged`
+and `tools.report_step`). No figure appears that is not in the data. A result that was wrong is shown as wrong, never
+with a time.
 """
 
 from __future__ import annotations
@@ -182,19 +183,20 @@ class Section:
     """The lines in README around what is written."""
     block: Callable[[Document, str | None], str]
     """What stands between them, from the data and the plot's path."""
-    plotted: Callable[[Document], list[Any]]
-    """The cases that the plot shows."""
+    plotted: Callable[[Document], list[Any]] | None
+    """The cases that the plot shows; None where there is no plot."""
     required: bool
     """Whether a missing results file is an error."""
 
 
 def sections() -> tuple[Section, ...]:
     """All of them, in README's order."""
-    from tools import report_paged
+    from tools import report_paged, report_step
 
     return (
         Section("dense", (BEGIN, END), block, lambda document: document["cases"], required=True),
         Section("paged", report_paged.MARKERS, report_paged.block, report_paged.plotted, required=False),
+        Section("whole_step", report_step.MARKERS, report_step.block, None, required=False),
     )
 
 
@@ -220,7 +222,7 @@ def stale(readme: Path, results: Path) -> list[str]:
         written = section.block(document, _link(readme, plot))
         if replaced(text, written, str(readme), section.markers) != text:
             found.append(f"{readme}: the table is not what {plot.with_suffix('.json')} gives")
-        if not plot.exists() or digest(document) not in plot.read_text():
+        if section.plotted is not None and (not plot.exists() or digest(document) not in plot.read_text()):
             found.append(f"{plot}: missing, or drawn from other data")
     return found
 
@@ -269,7 +271,8 @@ def _write(readme: Path, results: Path) -> list[Path]:
     except ImportError as error:
         raise ReportError(f"the plot needs matplotlib: {error}; pip install lowered-attn[bench]") from error
     for section, document, plot in given:
-        pictures[plot] = draw(document, section.plotted(document))
+        if section.plotted is not None:
+            pictures[plot] = draw(document, section.plotted(document))
     for plot, picture in pictures.items():
         plot.write_text(picture)
     readme.write_text(text)

@@ -252,8 +252,8 @@ def test_schedule_covers_all_units_once_in_fair_shares(seed: int) -> None:
     tokens = int(new.sum()) + number(1, 40)
     heads, direct, tolerance = number(1, 4), seed % 2 == 0, (0, 10, 60)[number(0, 2)]
     config = PagedConfig(
-        ("triton", "gluon")[seed // 3 % 2], block_m=16, block_n=16, padded_group=(1, 4, 16)[number(0, 2)], items_per_entry=heads,
-        programs=number(1, 90), tolerance=tolerance, num_warps=4, num_stages=1,
+        ("triton", "gluon")[seed // 3 % 2], block_m=16, block_n=16, padded_group=(1, 4, 16)[number(0, 2)],
+        items_per_entry=heads, programs=number(1, 90), tolerance=tolerance, num_warps=4, num_stages=1,
         counters_per_program=1 + seed % 2,
     )  # fmt: skip
     starts = torch.cat([torch.zeros(1, dtype=torch.long), new.cumsum(0)])

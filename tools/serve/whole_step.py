@@ -34,6 +34,8 @@ from tools.serve.shares import Shares, profile
 from tools.serve.step import Bucket, Chunk, Request, Step, StepTensors
 
 Figures = dict[str, Any]
+SCHEMA = 1
+"""Of the JSON that is written; tools.report reads it."""
 
 
 def make_step(lengths: list[tuple[int, int]], cache: CacheConfig, seed: int) -> tuple[Step, Tensor]:
@@ -191,6 +193,16 @@ def show(figures: Figures, shares: Shares) -> None:
         print(f"  WRONG: {line}")
 
 
+def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command to repeat: what differs from the defaults, without where it writes."""
+    words = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(options).items()
+        if name not in ("output", "commit") and value != parser.get_default(name)
+    ]
+    return " ".join(["python -m tools.serve.whole_step", *words])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON, and return 1 where something was wrong."""
     p = argparse.ArgumentParser(
@@ -224,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     config = scaled(SIZES[a.size], a.layers)
     max_pages = pages_for(a.context + 2 * a.page_size, a.page_size)
     cache = CacheConfig(a.batch * max_pages, a.page_size, max_pages)
-    command = "python -m tools.serve.whole_step " + " ".join(argv if argv is not None else sys.argv[1:])
+    command = _command(p, a)
     facts = host_facts(command, a.commit) if device.type == "cuda" else {"device": "cpu", "torch": torch.__version__}
     start = time.perf_counter()
     whole = WholeStep(config, cache, device, dtype, a.new_keys == "cache", a.attn_impl, a.seed)
@@ -246,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         show(figures, whole.break_down(figures, call))
     if a.output:
         sizes = {
+            "schema": SCHEMA,
             "size": a.size,
             "layers": config.layers,
             "batch": a.batch,
