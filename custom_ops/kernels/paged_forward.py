@@ -4,14 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from custom_ops.kernels.paged_tile import (
-    attend_part,
-    finish_part,
-    item_of_unit,
-    item_rows,
-    item_values,
-    program_range,
-)
+from custom_ops.kernels.paged_parts import finish_part
+from custom_ops.kernels.paged_tile import attend_part, item_of_unit, item_rows, item_values, program_range
 
 
 # Counts change from step to step: a kernel each for 1 and for multiples of 16 would be compiled for nothing.

@@ -66,14 +66,15 @@ def _strides(name: str, dims: tuple[int | None, ...]) -> str:
 
 @functools.cache
 def _functions_source(mask: Mask) -> str:
-    """The mask's device functions, the schedule's numbers and the tile loop."""
-    from custom_ops.kernels import paged_tile
+    """The mask's device functions, the schedule's numbers, the tile loop and what becomes of an item's parts."""
+    from custom_ops.kernels import paged_parts, paged_tile
     from custom_ops.kernels.mask_functions import decorated_range_source
     from custom_ops.paged import schedule_layout
 
-    module = inspect.getsource(paged_tile)
+    modules = (inspect.getsource(module) for module in (paged_tile, paged_parts))
     numbers = "".join(
         f"{name} = tl.constexpr({getattr(schedule_layout, name)})\n"
         for name in ("HEADER_SIZE", "ENTRY_FIELDS", "PROGRAM_FIELDS", "OF_REQUEST")
     )
-    return decorated_range_source(mask) + "\n\n" + numbers + "\n\n" + module[module.index("@triton.jit") :]
+    functions = (source[source.index("@triton.jit") :] for source in modules)
+    return "\n\n".join([decorated_range_source(mask), numbers, *functions])
