@@ -11,7 +11,7 @@ import torch
 
 from custom_ops.kernels.paged_config import PagedConfig
 from custom_ops.kernels.paged_specialise import attention_constants
-from custom_ops.kernels.specialise import architecture
+from custom_ops.kernels.specialise import FP8_ARCHITECTURE, architecture
 from custom_ops.paged.call import PagedCall
 from custom_ops.paged.layout import FP8
 from custom_ops.paged.schedule import ScheduleCall, config_of
@@ -19,7 +19,6 @@ from inductor_passes import compat, decisions
 from inductor_passes.graph_pass import GraphPass
 from inductor_passes.group import module_of, output_is_read
 from inductor_passes.share_schedule import ATTENTION, SCHEDULE, bound_arguments
-from inductor_passes.store import FP8_ARCHITECTURE
 from inductor_passes.templates import paged_template
 
 

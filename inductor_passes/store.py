@@ -15,15 +15,13 @@ import sympy
 import torch
 
 from custom_ops.checks import fail
-from custom_ops.kernels.specialise import architecture
+from custom_ops.kernels.specialise import FP8_ARCHITECTURE, architecture
 from custom_ops.paged.layout import FP8
 from inductor_passes import compat, decisions
 from inductor_passes.group import module_of
 
 OP = torch.ops.lowered_attn.store_kv_cache.default
 FP8_MAX = torch.finfo(FP8).max
-FP8_ARCHITECTURE = 89
-"""The first architecture for which Triton casts to float8_e4m3fn."""
 
 Place = Callable[[Any, Any, Any], "list[Any]"]
 """(slot, head, column) -> the element's index in the cache."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from custom_ops.checks import HEAD_DIMS
 from custom_ops.kernels.paged_config import resolve_shape_class
 from custom_ops.paged.layout import LAYOUTS
 from lowered_attn.caches import own_storage
@@ -15,7 +16,6 @@ from lowered_attn.checks import check_int, fail
 from lowered_attn.metadata import AttnMetaDataBase, fetch_attn_metadata, is_debug
 
 ATTN_IMPLS = ("reference", "triton", "triton_grouped")
-HEAD_DIMS = (1, 256)
 
 
 class Attention(nn.Module):

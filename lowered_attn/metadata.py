@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from custom_ops.paged.layout import LAYOUTS, PAGE_SIZES
 from custom_ops.paged.masks import MODES, request_operand_names
 from lowered_attn.checks import check_int, fail
 
-KV_CACHE_LAYOUTS = ("unified", "distinct")
-PAGE_SIZES = (1, 256)
 # The operands of the built-in modes; another one has a field of its own name.
 OPERAND_FIELDS = {"prefix": "prefix_lens", "padded_prefix": "padded_prefix_lens"}
 
@@ -154,8 +153,8 @@ class AttnMetaDataBase:
         if self.page_size > PAGE_SIZES[1]:
             fail(where, "page_size", f"at most {PAGE_SIZES[1]}", self.page_size, "use smaller pages")
         check_int(where, "block_size", self.block_size, 1)
-        if self.kv_cache_layout not in KV_CACHE_LAYOUTS:
-            expected = " or ".join(map(repr, KV_CACHE_LAYOUTS))
+        if self.kv_cache_layout not in LAYOUTS:
+            expected = " or ".join(map(repr, LAYOUTS))
             fail(where, "kv_cache_layout", expected, repr(self.kv_cache_layout), "name the layout of the caches")
         if self.mode not in MODES:
             remedy = "set a mode of that list, or add yours with custom_ops.paged.masks.register_mode"

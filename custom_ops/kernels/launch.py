@@ -34,7 +34,7 @@ def forward(
     if query.numel() == 0 or key_len == 0:
         return unseeing_outputs(query, value)
     out, lse = empty_outputs(query, value)
-    query, key, value = (_unit_last_stride(t) for t in (query, key, value))
+    query, key, value = (unit_last_stride(t) for t in (query, key, value))
     call = _Call(form, query, key, value, slots)
     config = config or forward_config(
         call.architecture, query.dtype, query.shape[3], value_dim, call.width, call.descriptors_fit
@@ -44,7 +44,7 @@ def forward(
     heads = batch * kv_heads
     grid = (triton.cdiv(query.shape[2] * call.group, config.block_m) * heads,)
     together = heads_together(call.l2_bytes, heads, key_len * (query.shape[3] + value_dim) * query.element_size())
-    with _device(query):
+    with on_device_of(query):
         forward_kernel[grid](
             query, key, value, out, lse, *call.operand_pointers,
             query.stride()[:3], key.stride()[:3], value.stride()[:3],
@@ -75,8 +75,8 @@ def backward(
     query_len = query.shape[2]
     if query.numel() == 0 or key_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    query, key, value, out = (_unit_last_stride(t) for t in (query, key, value, out))
-    grad_out = torch.zeros_like(out) if grad_out is None else _unit_last_stride(grad_out)
+    query, key, value, out = (unit_last_stride(t) for t in (query, key, value, out))
+    grad_out = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
     call = _Call(form, query, key, value, slots)
     config = config or backward_config(call.architecture, query.dtype, query.shape[3], value_dim)
     delta = torch.empty_like(lse)
@@ -87,7 +87,7 @@ def backward(
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     sizes = (kv_heads, query_len, key_len, call.ints, scale)
-    with _device(query):
+    with on_device_of(query):
         backward_kernels.delta_kernel[(triton.cdiv(query_len, 64) * batch * query.shape[1],)](
             grad_out, out, delta if grad_lse is None else grad_lse.contiguous(), delta,
             grad_out.stride()[:3], out.stride()[:3],
@@ -152,10 +152,10 @@ def _set_allocator() -> None:
     triton.set_allocator(allocate)
 
 
-def _unit_last_stride(t: Tensor) -> Tensor:
+def unit_last_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _device(t: Tensor) -> Any:
+def on_device_of(t: Tensor) -> Any:
     """Launch on the tensors' own GPU, whichever is current."""
     return torch.cuda.device(t.device if t.is_cuda else -1)

@@ -13,9 +13,6 @@ import torch
 from custom_ops.kernels.specialise import padded_dim
 from custom_ops.paged.schedule_layout import ScheduleLayout
 
-LEAST_ROWS = 16
-"""The least rows a matrix instruction takes."""
-
 
 @dataclasses.dataclass(frozen=True)
 class PagedConfig:

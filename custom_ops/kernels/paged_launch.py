@@ -10,18 +10,18 @@ import triton
 from torch import Tensor
 
 from custom_ops.checks import fail
+from custom_ops.kernels.launch import on_device_of, unit_last_stride
 from custom_ops.kernels.mask_functions import paged_functions
 from custom_ops.kernels.paged_config import PagedConfig
 from custom_ops.kernels.paged_forward import paged_forward_kernel
 from custom_ops.kernels.paged_schedule import schedule_kernel
 from custom_ops.kernels.paged_specialise import attention_constants
 from custom_ops.kernels.paged_store import store_kernel
-from custom_ops.kernels.specialise import padded_dim
+from custom_ops.kernels.specialise import FP8_ARCHITECTURE, architecture, padded_dim
 from custom_ops.paged.call import PagedCall, empty_outputs
 from custom_ops.paged.layout import FP8, LAYOUTS
-from custom_ops.paged.masks import paged_mask
+from custom_ops.paged.masks import MAX_EXTRAS
 from custom_ops.paged.schedule import ScheduleCall, config_of
-from custom_ops.paged.schedule_layout import MAX_EXTRAS
 
 
 def schedule_blocks(requests: int, tokens: int, config: PagedConfig) -> dict[str, Any]:
@@ -62,15 +62,14 @@ def schedule(call: ScheduleCall, config: PagedConfig | None = None) -> Tensor:
     out = call.context_lens.new_empty(layout.size)
     if tokens == 0:
         return out
-    mask = paged_mask(call.mode, block_size=call.block_size, window=call.window or None, prefix_hole=call.prefix_hole)
     lengths = [call.cu_seqlens_q, call.context_lens, call.valid_lens, *call.request_values]
     lengths += [None] * (3 + MAX_EXTRAS - len(lengths))
     # Any tensor stands for one that is absent: the kernel does not read it.
     pointers = [call.context_lens if t is None else t.contiguous() for t in lengths]
-    with _device(out):
+    with on_device_of(out):
         schedule_kernel[(1,)](
             out, *pointers, requests, tokens, layout.entries,
-            RANGE=paged_functions(mask).range, DIRECT=call.direct, HAS_VALID=call.valid_lens is not None,
+            RANGE=paged_functions(call.mask).range, DIRECT=call.direct, HAS_VALID=call.valid_lens is not None,
             EXTRAS=len(call.request_values), HEADS=config.items_per_entry, TILE_TOKENS=config.tile_tokens,
             BLOCK_N=config.block_n, TOLERANCE=config.tolerance, COUNTERS_PER_PROGRAM=config.counters_per_program,
             DEAL=config.kernel == "gluon", OVERLAP=overlaps(out.device), **schedule_blocks(requests, tokens, config),
@@ -89,7 +88,7 @@ def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tenso
     schedule_call = ScheduleCall.of(call)
     config = config or config_of(schedule_call)
     made = schedule(schedule_call, config) if call.schedule is None else call.schedule
-    with _device(out):
+    with on_device_of(out):
         if config.kernel == "gluon":
             from custom_ops.kernels.gluon import launch as gluon_launch
 
@@ -102,9 +101,8 @@ def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tenso
 def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: Tensor, lse: Tensor) -> None:
     _check_fp8(call.q, call.k_cache)
     _check_cache_strides(call)
-    fields = {name: getattr(call, name) for name in ("q", "k", "v")}
-    packed = {name: t if t is None or t.stride(-1) == 1 else t.contiguous() for name, t in fields.items()}
-    call = dataclasses.replace(call, **packed)
+    k, v = (t if t is None else unit_last_stride(t) for t in (call.k, call.v))
+    call = dataclasses.replace(call, q=unit_last_stride(call.q), k=k, v=v)
     q = call.q
     functions = paged_functions(call.mask)
     keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
@@ -112,7 +110,7 @@ def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: T
     parts = q.new_empty(rows * padded_dim(q.shape[2]), dtype=torch.float32)
     part_stats = q.new_empty(2 * rows, dtype=torch.float32)
     layout = config.schedule_layout(call.requests, q.shape[0])
-    pages = call.page_tables if call.page_tables.stride(-1) == 1 else call.page_tables.contiguous()
+    pages = unit_last_stride(call.page_tables)
     # Any tensor stands for one that is absent: the kernel does not read it.
     absent = q
     operands = [absent if t is None else t for t in (call.sinks, call.k_scale, call.v_scale)]
@@ -144,13 +142,13 @@ def store(
     if k.numel() == 0:
         return
     _check_fp8(k, k_cache)
-    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    k, v = unit_last_stride(k), unit_last_stride(v)
     sizes = LAYOUTS[layout].sizes(k_cache)
     keys, values = LAYOUTS[layout].key_tokens(k_cache), LAYOUTS[layout].value_tokens(v_cache)
     wide = padded_dim(sizes.head_dim)
     block_heads = max(1, min(triton.next_power_of_2(sizes.kv_heads), 1024 // wide))
     block_tokens = max(1, 1024 // (block_heads * wide))
-    with _device(k):
+    with on_device_of(k):
         store_kernel[(triton.cdiv(k.shape[0], block_tokens),)](
             k, v, k_cache, v_cache, slot_mapping.contiguous(),
             k if k_scale is None else k_scale, v if v_scale is None else v_scale,
@@ -163,7 +161,7 @@ def store(
 
 
 def _check_fp8(like: Tensor, cache: Tensor) -> None:
-    if cache.dtype == FP8 and like.is_cuda and torch.cuda.get_device_capability(like.device) < (8, 9):
+    if cache.dtype == FP8 and like.is_cuda and architecture(like.device) < FP8_ARCHITECTURE:
         fail(
             "paged_attention", "k_cache", "float16 or bfloat16 below compute capability 8.9", "float8_e4m3fn",
             "keep the caches in q's dtype on this GPU",
@@ -176,8 +174,3 @@ def _check_cache_strides(call: PagedCall) -> None:
         if stride != 1 and (name == "k_cache" or call.layout == "unified"):
             remedy = "allocate it in the layout's own order"
             fail("paged_attention", name, "its last dimension without gaps", f"stride {stride}", remedy)
-
-
-def _device(t: Tensor) -> Any:
-    """Launch on the tensors' own GPU, whichever is current."""
-    return torch.cuda.device(t.device if t.is_cuda else -1)

@@ -1,8 +1,7 @@
 """The schedule kernel of paged attention: how the key tiles of a step are dealt out. Once a step, for all layers.
 
 ``custom_ops/paged/schedule_layout.py`` says what it writes and what the words mean. One program does it all in one
-launch, in which lengths are loaded once: a lane has a request, and writes the entries of its row tiles. Nothing on the
-host depends on lengths.
+launch: a lane has a request, and writes the entries of its row tiles. Nothing on the host depends on lengths.
 
 Where SORT, requests come longest first: dealing needs that. Ranges suffer from it, as the last programs get all the
 short items (128 requests of 128 to 8,192 keys: 0.85 of FlashAttention-3's rate, unsorted 0.99). The way is chosen:
@@ -137,7 +136,7 @@ def count_key_tiles(
 
 @triton.jit
 def store_entries(entries, entry, before, key_tiles, request, row_tile, q_start, new, values, mask):
-    """Writes the records of these entries, the copy of their request's among them."""
+    """Writes the records of these entries, with what each repeats of its request."""
     at = entries + entry * ENTRY_FIELDS
     tl.store(at, before, mask=mask)
     tl.store(at + 1, key_tiles, mask=mask)

@@ -13,6 +13,9 @@ import torch
 from custom_ops.form import Slots
 from custom_ops.masks import Mask
 
+FP8_ARCHITECTURE = 89
+"""The first architecture for which Triton casts to float8_e4m3fn."""
+
 
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products follow torch's matmul precision.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,13 +100,16 @@ class PagedCall:
     @property
     def mask(self) -> Mask:
         """Which keys a valid query sees; its operands are ``mask_operands``."""
-        return paged_mask(
-            self.mode, block_size=self.block_size, window=self.window or None, prefix_hole=self.prefix_hole
-        )
+        return mask_of(self)
 
     @property
     def score_scale(self) -> float:
         return default_scale(self.q, self.scale)
+
+
+def mask_of(call: Any) -> Mask:
+    """The mask that the arguments of a paged op name; ``paged_attention`` and ``paged_schedule`` name it alike."""
+    return paged_mask(call.mode, block_size=call.block_size, window=call.window, prefix_hole=call.prefix_hole)
 
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ from custom_ops.form import NAMESPACE
 from custom_ops.kernels.gluon import unsupported_reasons
 from custom_ops.kernels.paged_config import PagedConfig, paged_config, resolve_shape_class
 from custom_ops.kernels.specialise import architecture
+from custom_ops.masks import Mask
 from custom_ops.op import library
-from custom_ops.paged.call import PagedCall
+from custom_ops.paged.call import PagedCall, mask_of
 from custom_ops.paged.checks import check_schedule
 
 
@@ -78,6 +79,11 @@ class ScheduleCall:
     def requests(self) -> int:
         """R."""
         return self.context_lens.shape[0]
+
+    @property
+    def mask(self) -> Mask:
+        """What the schedule cuts into tiles, that of the attention that follows."""
+        return mask_of(self)
 
     @property
     def device(self) -> torch.device:

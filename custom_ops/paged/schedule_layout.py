@@ -49,7 +49,6 @@ CONTEXT = 2
 VALID = 3
 EXTRAS = 4
 """The first of the mask's own values; 0 where the mask has fewer."""
-MAX_EXTRAS = 4
 
 PROGRAM_FIELDS = 8
 FIRST_UNIT = 0

@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from custom_ops.checks import fail
 from custom_ops.kernels.gluon.paged_attention import paged_attention_kernel
 from custom_ops.kernels.gluon.shape import BOX_COLUMNS, CONSUMER_ROWS, KernelShape, registers_of, shape_of
+from custom_ops.kernels.launch import unit_last_stride
 from custom_ops.kernels.mask_functions import paged_functions
 from custom_ops.kernels.paged_config import PagedConfig
 from custom_ops.paged.call import PagedCall
@@ -38,7 +39,7 @@ def attention(call: PagedCall, schedule: Tensor, config: PagedConfig, out: Tenso
     new = caches
     if call.k is not None and call.v is not None:
         new = [_pages(t[None] if _heads_together(t) else t.contiguous()[None], shape) for t in (call.k, call.v)]
-    pages = call.page_tables if call.page_tables.stride(-1) == 1 else call.page_tables.contiguous()
+    pages = unit_last_stride(call.page_tables)
     scratch = torch.empty(scratch_size(shape, config.programs), dtype=torch.float32, device=q.device)
     # Never 0: 0 * -inf, a hidden score, is NaN.
     to_base_2 = max(LOG2_E * (call.softcap if shape.softcap else call.score_scale), 1e-30)
