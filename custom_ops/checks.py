@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = (1, 256)
+"""Head dims of q and k."""
+VALUE_DIMS = (1, 512)
+"""Head dims of v: values that many heads share, such as a latent, are wider than keys."""
 
 
 def fail(op: str, name: str, expected: str, got: str, remedy: str) -> NoReturn:
@@ -41,7 +44,8 @@ def check_call(
     if query.dtype not in FLOAT_DTYPES:
         fail(op, "q, k, v", "float16, bfloat16, float32 (or float64 on a CPU)", str(query.dtype), "cast them")
     batch, query_heads, query_len, head_dim = query.shape
-    _, kv_heads, key_len, value_dim = value.shape
+    _, kv_heads, key_len, _ = key.shape
+    _, value_heads, value_len, value_dim = value.shape
     if not (batch == key.shape[0] == value.shape[0]):
         fail(
             op,
@@ -50,8 +54,8 @@ def check_call(
             f"{batch}, {key.shape[0]}, {value.shape[0]}",
             "expand them: there is no broadcast",
         )
-    if key.shape[1] != kv_heads or key.shape[2] != key_len:
-        fail(op, "v", f"heads and length of k, {_shape(key)[:-1]}", f"shape {_shape(value)}", "pass one value a key")
+    if value_len != key_len:
+        fail(op, "v", f"the length of k, {key_len}", f"{value_len}", "pass one value a key")
     if key.shape[3] != head_dim:
         fail(op, "k", f"head dim of q, {head_dim}", f"{key.shape[3]}", "project q and k to one head dim")
     if kv_heads == 0:
@@ -64,9 +68,14 @@ def check_call(
             f"{query_heads}",
             "each KV head serves Hq / Hkv query heads",
         )
-    for name, dim in (("head dim of q and k", head_dim), ("head dim of v", value_dim)):
-        if not HEAD_DIMS[0] <= dim <= HEAD_DIMS[1]:
-            fail(op, name, f"{HEAD_DIMS[0]} to {HEAD_DIMS[1]}", f"{dim}", "split or pad the heads")
+    if value_heads == 0 or kv_heads % value_heads != 0:
+        fail(
+            op, "v", f"a head count that divides k's {kv_heads}", f"{value_heads}",
+            "each value head serves Hkv / Hv KV heads: pass one a KV head, or one that all share",
+        )  # fmt: skip
+    for name, dim, limits in (("head dim of q and k", head_dim, HEAD_DIMS), ("head dim of v", value_dim, VALUE_DIMS)):
+        if not limits[0] <= dim <= limits[1]:
+            fail(op, name, f"{limits[0]} to {limits[1]}", f"{dim}", "split or pad the heads")
     # Kernels take the maximum of scores before they scale them, which a negative scale would turn around.
     if scale is not None and not 0 <= scale < math.inf:
         fail(op, "scale", "a finite number, at least 0", f"{scale}", "negate q for a negative scale")

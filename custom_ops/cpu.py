@@ -3,6 +3,10 @@
 No ``[Lq, Lk]`` tensor is ever whole in memory: a chunk's mask in the forward, and its scores of all heads in the
 backward, hold at most ``CHUNK_ELEMENTS`` elements (or 16 queries, where those have more). A forward chunk that sees
 all of its keys has no mask. The backward recomputes the weights of a chunk from the saved log-sum-exp.
+
+Values that several KV heads share go through explicit scores instead: the flash kernel wants a value head a KV head and
+one width for keys and values, which would pad every head's keys to the width of the values. The weights of all heads
+that share a value head are rows of one product with it.
 """
 
 from __future__ import annotations
@@ -46,6 +50,8 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
     if query.numel() == 0 or key_len == 0:
         return unseeing_outputs(query, value)
     key, value = clear_padded(key, value, slots.key_padding)
+    if value.shape[1] != key.shape[1]:
+        return _forward_shared(form, query, key, value, slots, scale)
     width = max(query.shape[3], value_dim)  # the CPU kernel wants one head dim for all three
     query, key, value = (pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (query, key, value))
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
@@ -58,6 +64,24 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
         part = attend(query[:, :, chunk.rows], key[:, :, chunk.keys], value[:, :, chunk.keys], chunk.visible, scale)
         out[:, :, chunk.rows] = part[0][..., :value_dim]
         lse[:, :, chunk.rows] = part[1]
+    return out, lse
+
+
+def _forward_shared(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``forward`` for values that KV heads share, padded keys cleared; low-precision inputs are computed in fp32."""
+    out, lse = empty_outputs(query, value)
+    dtype = lse.dtype
+    key, value = key.to(dtype), value.to(dtype)
+    batch, heads, query_len, _ = query.shape
+    key_len = key.shape[2]
+    for rows, keys, visible in _chunks(form, form.mask_of(slots), slots, query_len, key_len, batch * heads * key_len):
+        if keys.start == keys.stop:
+            out[:, :, rows], lse[:, :, rows] = 0, -math.inf
+            continue
+        part = attend_explicitly(query[:, :, rows], key[:, :, keys], value[:, :, keys], visible, scale)
+        out[:, :, rows], lse[:, :, rows] = part
     return out, lse
 
 
@@ -77,12 +101,13 @@ def backward(
 
     With weights ``P = exp(scale * Q K^T - lse)``: ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``,
     ``dQ = scale * dS K``, ``dK = scale * dS^T Q``. The query heads of a group are rows of one product, so dK and dV
-    sum over the group by themselves. Low-precision inputs are computed in fp32.
+    sum over the group by themselves, and dV over all heads that share a value head. Low-precision inputs are computed
+    in fp32.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, query_len, head_dim = query.shape
     kv_heads, key_len = key.shape[1:3]
-    group = heads // kv_heads
+    value_heads = value.shape[1]
     dq = query.new_zeros(batch, query_len, heads, head_dim).transpose(1, 2)
     if query.numel() == 0 or key.numel() == 0:
         return dq, _token_major(torch.zeros_like(key)), _token_major(torch.zeros_like(value))
@@ -94,29 +119,31 @@ def backward(
         row_term = row_term + (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     # A row that sees nothing has lse -inf: a finite stand-in keeps exp() finite, and the mask makes its weights 0.
     finite_lse = lse.to(dtype).masked_fill(lse == -math.inf, 0)
-
-    def grouped(t: Tensor) -> Tensor:
-        """[B, Hq, rows, X] -> [B, Hkv, G * rows, X]: the group's heads become rows."""
-        return t.to(dtype).reshape(batch, kv_heads, group * t.shape[2], t.shape[3])
-
     for rows, keys, visible in _chunks(form, mask, slots, query_len, key_len, batch * heads * key_len):
         if keys.start == keys.stop:
             continue  # nothing visible: dq is 0 already
-        q_rows, k_part, v_part = grouped(query[:, :, rows]), kept_key[:, :, keys], kept_value[:, :, keys]
-        scores = torch.matmul(q_rows, k_part.transpose(2, 3)).mul_(scale)
-        weights = scores.sub_(grouped(finite_lse[:, :, rows, None])).exp_()
+        k_part, v_part = kept_key[:, :, keys], kept_value[:, :, keys]
+        q_rows = _rows_of(query[:, :, rows].to(dtype), kv_heads)
+        scores = _rows_of(torch.matmul(q_rows, k_part.transpose(2, 3)).mul_(scale), value_heads)
+        weights = scores.sub_(_rows_of(finite_lse[:, :, rows, None], value_heads)).exp_()
         if visible is not None:
-            weights.view(batch, kv_heads, group, rows.stop - rows.start, -1).masked_fill_(~visible[:, None, None], 0)
-        row_terms = grouped(row_term[:, :, rows, None])
+            weights.unflatten(2, (-1, rows.stop - rows.start)).masked_fill_(~visible[:, None, None], 0)
+        row_terms = _rows_of(row_term[:, :, rows, None], value_heads)
         if grad_out is None:
             grad_scores = weights * -row_terms
         else:
-            grad_rows = grouped(grad_out[:, :, rows])
+            grad_rows = _rows_of(grad_out[:, :, rows].to(dtype), value_heads)
             dv[:, :, keys] += torch.matmul(weights.transpose(2, 3), grad_rows)
             grad_scores = torch.matmul(grad_rows, v_part.transpose(2, 3)).sub_(row_terms).mul_(weights)
+        grad_scores = _rows_of(grad_scores, kv_heads)
         dq[:, :, rows] = torch.matmul(grad_scores, k_part).mul_(scale).view(batch, heads, -1, head_dim)
         dk[:, :, keys] += torch.matmul(grad_scores.transpose(2, 3), q_rows).mul_(scale)
     return dq, _token_major(dk.to(key.dtype)), _token_major(dv.to(value.dtype))
+
+
+def _rows_of(t: Tensor, heads: int) -> Tensor:
+    """``[B, Hq, rows, X] -> [B, heads, Hq / heads * rows, X]``, or back: what shares a head becomes rows of it."""
+    return t.reshape(t.shape[0], heads, -1, t.shape[3])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -133,6 +160,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sc
     out, lse = _flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
     # The CPU kernel gives such rows output 0 but lse 0.
     return out, lse.masked_fill(~visible.any(-1)[:, None], float("-inf"))
+
+
+def attend_explicitly(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """What ``attend`` does, by scores in memory, in fp32 or the query's fp64: for what the flash kernel does not take.
+
+    ``value [B, Hv, keys, Dv]`` may be shared by several KV heads, and be of any width. Scores s become ``softcap *
+    tanh(s / softcap)`` where there is a cap. ``out [B, Hq, rows, Dv]`` is not rounded to the query's dtype. All heads
+    that share keys are rows of one product, and so are those that share values: nothing is copied a head.
+    """
+    heads, dtype = query.shape[1], torch.float64 if query.dtype == torch.float64 else torch.float32
+    q_rows = _rows_of(query.to(dtype), key.shape[1])
+    scores = _rows_of(torch.matmul(q_rows, key.to(dtype).transpose(2, 3)), heads).mul_(scale)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if visible is not None:
+        scores.masked_fill_(~visible[:, None], -math.inf)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0)[..., None]).exp_()
+    return _rows_of(torch.matmul(_rows_of(weights, value.shape[1]), value.to(dtype)), heads), lse
 
 
 def chunk_size(elements_a_query: int) -> int:

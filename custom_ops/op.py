@@ -2,6 +2,10 @@
 
 Every form becomes one op ``(q, k, v, <operands>, *, scale=None) -> (out, lse)`` with a fake implementation, CPU and
 CUDA kernels, an explicit backward, autocast and a FLOP formula. ``register`` makes it.
+
+q is ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hv, Lk, Dv]``, out ``[B, Hq, Lq, Dv]`` and lse ``[B, Hq, Lq]``.
+Hkv divides Hq and Hv divides Hkv: query head h has KV head ``h // (Hq / Hkv)``, which has value head
+``kv_head // (Hkv / Hv)``. Where heads share their values (a latent: Hv 1, Dv up to 512), nothing is copied a head.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def clear_padded(key: Tensor, value: Tensor, key_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``key [B, Hkv, Lk, D]`` and ``value [B, Hkv, Lk, Dv]`` with 0 where ``key_padding [B, Lk]`` hides the key."""
+    """``key [B, Hkv, Lk, D]`` and ``value [B, Hv, Lk, Dv]`` with 0 where ``key_padding [B, Lk]`` hides the key."""
     if key_padding is None:
         return key, value
     hidden = key_padding[:, None, :, None]

@@ -19,6 +19,17 @@ def query_positions(query: Tensor, operands: Mapping[str, OperandValue]) -> Tens
     return positions if start is None else start[:, None] + positions  # type: ignore[index]
 
 
+def _times(rows: Tensor, shared: Tensor) -> Tensor:
+    """The rows of every query head, ``[B, Hq, L, X]``, times the matrix of its group in ``[B, H, X, Y]``.
+
+    Heads that share a matrix are rows of one product, so that no matrix is copied a head.
+    """
+    batch, heads, length, width = rows.shape
+    groups = shared.shape[1]
+    product = rows.reshape(batch, groups, heads // groups * length, width) @ shared
+    return product.reshape(batch, heads, length, shared.shape[3])
+
+
 def reference_attention(
     query: Tensor,
     key: Tensor,
@@ -31,26 +42,24 @@ def reference_attention(
     """Attention by its definition, computed in ``dtype`` (float32, or float64 as an oracle), differentiable,
     ``[Lq, Lk]`` in memory.
 
-    ``query [B, Hq, Lq, D]``, ``key [B, Hkv, Lk, D]``, ``value [B, Hkv, Lk, Dv]``. Returns ``out [B, Hq, Lq, Dv]`` in
+    ``query [B, Hq, Lq, D]``, ``key [B, Hkv, Lk, D]``, ``value [B, Hv, Lk, Dv]``. Returns ``out [B, Hq, Lq, Dv]`` in
     the query's dtype (in ``dtype`` when that is float64) and ``lse [B, Hq, Lq]``, natural log, in ``dtype``. Padded
     keys are never read, NaN or not; a query that sees nothing returns 0 with lse -inf and passes no gradient.
     """
     form.check(query, key, value, dict(operands), scale)
-    group = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
-    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     visible = form.mask.dense(
         query_positions(query, operands),
         torch.arange(key.shape[2], device=key.device),
         {n: v for n, v in operands.items() if n != "q_start"},
     )[:, None]
-    scores = (q @ k.transpose(-1, -2)) * default_scale(query, scale)
+    scores = _times(q, k.transpose(-1, -2)) * default_scale(query, scale)
     scores = scores.masked_fill(~visible, float("-inf"))
     sees_nothing = ~visible.any(-1)
     # A row of -inf alone has no maximum to subtract: give it a finite one, so that neither value nor gradient is NaN.
     lse = torch.logsumexp(scores.masked_fill(sees_nothing[..., None], 0), -1)
     weights = (scores - lse[..., None]).exp()
     lse = lse.masked_fill(sees_nothing, float("-inf"))
-    out = weights @ v
+    out = _times(weights, v)
     return out.to(torch.float64 if dtype == torch.float64 else query.dtype), lse

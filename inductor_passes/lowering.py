@@ -65,15 +65,16 @@ def _lower_on_cpu(
     """Plain causal attention is torch's own op, at torch's own speed; everything else is the CPU path in chunks."""
     query_len, key_len = query.get_size()[2], key.get_size()[2]
     same_dim = compat.static_int(query.get_size()[3]) == compat.static_int(value.get_size()[3])
+    same_heads = compat.static_int(key.get_size()[1]) == compat.static_int(value.get_size()[1])
     not_empty = compat.known_true(sympy.Gt(query_len, 0)) and compat.known_true(sympy.Gt(query.get_size()[0], 0))
-    if same_dim and not_empty and compat.known_true(sympy.Eq(query_len, key_len)) and is_plain_causal(mask, slots):
+    plain = same_dim and same_heads and is_plain_causal(mask, slots)
+    if plain and not_empty and compat.known_true(sympy.Eq(query_len, key_len)):
         _record(form_name, "torch's CPU flash attention, causal", kernel="cpu_flash")
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = compat.lower(op, query, key, value, 0.0, True, scale=scale)
         return out, lse
-    _record(
-        form_name, "torch's CPU flash attention, in chunks of queries cut to the keys they see", kernel="cpu_chunks"
-    )
+    how = "torch's CPU flash attention" if same_heads else "explicit scores over values that KV heads share"
+    _record(form_name, f"{how}, in chunks of queries cut to the keys they see", kernel="cpu_chunks")
     out, lse = compat.fallback(OP)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale)
     return out, lse
 
@@ -84,8 +85,8 @@ def _lower_to_template(
     """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates."""
     device, dtype = query.get_device(), query.get_dtype()
     batch, heads, query_len, _ = query.get_size()
-    kv_heads, head_dim, value_dim = (
-        compat.static_int(s) for s in (key.get_size()[1], key.get_size()[3], value.get_size()[3])
+    kv_heads, value_heads, head_dim, value_dim = (
+        compat.static_int(t.get_size()[i]) for t, i in ((key, 1), (value, 1), (key, 3), (value, 3))
     )
     heads = compat.static_int(heads)
     out_size = [batch, query_len, heads, value_dim]
@@ -99,7 +100,10 @@ def _lower_to_template(
     lse = compat.empty_strided(lse_size, torch.float32, device)
     writes_lse = output_is_read(compat.current_node(), 1)
     layout = compat.ir.FixedLayout(device, dtype, out_size)
-    fixed = constants(mask, slots, group=heads // kv_heads, head_dim=head_dim, value_dim=value_dim, dtype=dtype)
+    fixed = constants(
+        mask, slots, group=heads // kv_heads, sharing=kv_heads // value_heads, head_dim=head_dim, value_dim=value_dim,
+        dtype=dtype,
+    )  # fmt: skip
     shared = {
         **fixed,
         "PRECISION": repr(fixed["PRECISION"]),  # templates print values as source text
@@ -107,7 +111,9 @@ def _lower_to_template(
         "SCALE": scale,
         "INTS": slots.ints or (0,),
         "WRITES_LSE": writes_lse,
-        "HEADS_TOGETHER": _heads_together(device, batch, kv_heads, key, head_dim + value_dim, dtype),
+        "HEADS_TOGETHER": _heads_together(
+            device, batch, kv_heads, key, head_dim + value_dim * value_heads // kv_heads, dtype
+        ),
     }
     inputs = [query, key, value, *([lse] if writes_lse else []), *operands.values()]
     template = attention_template.template_of(mask, tuple(operands), writes_lse)

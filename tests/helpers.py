@@ -48,6 +48,8 @@ class Case:
     band: int = 5
     """The window, or the lookback."""
     batch: int = 2
+    value_heads: int | None = None
+    """Heads of v, where KV heads share them; None = as many as KV heads."""
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
@@ -58,6 +60,7 @@ class Case:
             "s{}x{}".format(*self.lengths),
             "d{}x{}".format(*self.dims),
         ]
+        parts += [] if self.value_heads is None else [f"v{self.value_heads}"]
         parts += [] if self.padding == "none" else [f"pad_{self.padding}"]
         parts += ["q_start"] * self.q_start + [] if self.layout == "contiguous" else [self.layout]
         parts += [] if self.scale is None else [f"scale{self.scale}"]
@@ -66,7 +69,7 @@ class Case:
 
 @dataclasses.dataclass
 class Call:
-    """Tensors of a call: ``q [B, Hq, Lq, D]``, ``k [B, Hkv, Lk, D]``, ``v [B, Hkv, Lk, Dv]``, operands by name."""
+    """Tensors of a call: ``q [B, Hq, Lq, D]``, ``k [B, Hkv, Lk, D]``, ``v [B, Hv, Lk, Dv]``, operands by name."""
 
     form: Form
     q: Tensor
@@ -111,7 +114,7 @@ def make(case: Case, device: str = "cpu") -> Call:
     shapes = (
         (query_heads, query_len, head_dim),
         (kv_heads, key_len, head_dim),
-        (kv_heads, key_len, value_dim),
+        (kv_heads if case.value_heads is None else case.value_heads, key_len, value_dim),
     )
     q, k, v = (
         lay_out(torch.randn(case.batch, *shape, dtype=torch.float64).to(device, case.dtype), case.layout)
@@ -232,7 +235,7 @@ def low_precision(call: Call, grads: Grads = None) -> Results:
         padding = operands.get("key_padding")
         if isinstance(padding, Tensor):
             k, v = (t.masked_fill(padding[:, None, :, None], 0) for t in (k, v))
-        k, v = (t.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        k, v = (t.to(wide).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         scores = (q.to(wide) @ k.transpose(-1, -2)) * default_scale(q, scale)
         scores = scores.masked_fill(~visible, -math.inf)
         blind = ~visible.any(-1)

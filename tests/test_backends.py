@@ -66,6 +66,8 @@ class Case:
     blind_rows: list[tuple[int, int]] = field(default_factory=list)
     """(request, query) pairs that see nothing."""
     scale: float | None = None
+    value_heads: int | None = None
+    """Heads of v, where KV heads share them."""
 
 
 CASES = [
@@ -107,6 +109,26 @@ CASES = [
         dims=(16, 24),
         blind_rows=[(0, i) for i in range(11)] + [(1, 36)],
     ),
+    Case("full-shared-values", "full_self", dict, heads=(4, 4), value_heads=1, dims=(16, 48)),
+    Case(
+        "sliding-shared-values-padded",
+        "sliding_self",
+        lambda: {"window": 5, "key_padding": pad_hole(37)},
+        heads=(8, 4),
+        value_heads=2,
+        dims=(16, 24),
+        blind_rows=[(1, 14), (1, 15), (1, 16), (1, 17)],
+    ),
+    Case(
+        "cross-shared-values",
+        "segment_cross",
+        lambda: {"query_segments": ragged_segments(37, 11), "lookback": 2},
+        heads=(3, 3),
+        value_heads=1,
+        lengths=(37, 11),
+        dims=(16, 64),
+        blind_rows=[(0, 0), (1, 36)],
+    ),
 ]
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +143,7 @@ def differentiable(backend: str, device: str) -> bool:
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Tensor | int | None]]:
     """q, k, v and the operands of `case`."""
     (q_heads, kv_heads), (queries, keys), (dim, value_dim) = case.heads, case.lengths, case.dims
-    shapes = [(q_heads, queries, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim)]
+    shapes = [(q_heads, queries, dim), (kv_heads, keys, dim), (case.value_heads or kv_heads, keys, value_dim)]
     tensors = [torch.randn(BATCH, *shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
     operands = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in case.operands().items()}
     return tensors, operands
@@ -218,7 +240,11 @@ def test_nan_in_hidden_keys_reaches_nothing(backend: str, case: Case, device: st
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("full", "sliding-padded", "cross")], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.id in ("full", "sliding-padded", "cross", "sliding-shared-values-padded")],
+    ids=lambda c: c.id,
+)
 @on_backends
 def test_a_call_traces_as_one_graph_and_gives_the_same(backend: str, case: Case) -> None:
     form = FORMS[case.form]

@@ -66,6 +66,27 @@ def test_training_gives_the_gradients_of_sdpa() -> None:
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize(("value_heads", "value_dim"), [(1, 16), (2, 40)])
+def test_values_that_heads_share_are_not_for_torchs_kernel(value_heads: int, value_dim: int) -> None:
+    """torch's CPU kernel wants a value head a KV head: even where all else fits it, the chunked path runs."""
+    q, k, v = (
+        torch.randn(2, heads, 33, dim, requires_grad=True)
+        for heads, dim in ((4, 16), (4, 16), (value_heads, value_dim))
+    )
+    gate = torch.randn(2, 33, 4 * value_dim)
+    with decisions.recording() as log:
+        out = torch.compile(gated, backend="lowered_attn", fullgraph=True)(q, k, v, gate)
+    grouped, lowered = log.records
+    assert grouped.detail.endswith(f"share {value_heads} value head{'s' if value_heads == 2 else ''}")
+    assert lowered.facts["kernel"] == "cpu_chunks" and "values that KV heads share" in lowered.detail
+    expected = gated(q, k, v, gate)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_backward_does_not_run_the_forward_again() -> None:
     """The forward's out and lse are saved, not recomputed: each graph holds one attention op."""
     with decisions.recording() as log:

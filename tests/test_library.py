@@ -31,12 +31,15 @@ def compiled(
     dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     arch: str = "sm_90",
+    value_dim: int | None = None,
+    heads: tuple[int, int, int] = (8, 2, 2),
     **keywords: Any,
 ) -> tuple[Generated, list[decisions.Decision]]:
     with pretend_gpu(arch) as gpu:
         with gpu.fake_tensors():
             q, k, v = (
-                torch.empty(2, length, heads, dim, device="cuda", dtype=dtype).transpose(1, 2) for heads in (8, 2, 2)
+                torch.empty(2, length, count, width, device="cuda", dtype=dtype).transpose(1, 2)
+                for count, width in zip(heads, (dim, dim, value_dim or dim), strict=True)
             )
         with decisions.recording() as log:
             return generate(attend, q, k, v, backend=backend, **keywords), log.records
@@ -52,6 +55,12 @@ def test_plain_causal_attention_takes_cudnn() -> None:
     assert [d.facts.get("kernel") for d in records] == ["cudnn"], records
     assert "_scaled_dot_product_cudnn_attention" in generated.wrapper
     assert "None, False, 0.0, True, False, scale=0.25" in generated.wrapper  # no lse wanted; causal; the scale
+    assert not generated.kernels
+
+
+def test_deepseek_prefill_takes_cudnn() -> None:
+    generated, records = compiled(causal, dim=192, value_dim=128, heads=(16, 16, 16))
+    assert [d.facts.get("kernel") for d in records] == ["cudnn"], records
     assert not generated.kernels
 
 
@@ -78,6 +87,9 @@ def with_start(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (causal, {"length": 127}),
         (causal, {"dim": 20}),
         (causal, {"dynamic": True}),
+        (causal, {"heads": (4, 4, 1)}),
+        (causal, {"heads": (4, 4, 2), "value_dim": 128}),
+        (causal, {"value_dim": 512}),
         (with_padding, {}),
         (with_start, {}),
         (lambda q, k, v: OPS.sliding_self(q, k, v, 32)[0], {}),
@@ -90,6 +102,9 @@ def with_start(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "short",
         "odd head dim",
         "dynamic",
+        "values that all heads share",
+        "values that pairs of heads share",
+        "wide values",
         "padding",
         "q_start",
         "window",

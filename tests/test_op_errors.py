@@ -52,7 +52,10 @@ DTYPES = "dtype: expected the same for q, k and v, got {}; cast q, k and v to on
 DEVICES = "device: expected the same for q, k and v, got {}; move q, k and v to one device"
 FLOATS = "q, k, v: expected float16, bfloat16, float32 (or float64 on a CPU), got {}; cast them"
 HEADS = "q: expected a head count divisible by k's 2, got {}; each KV head serves Hq / Hkv query heads"
-VALUES = "v: expected heads and length of k, [2, 2, 6], got shape {}; pass one value a key"
+VALUE_HEADS = (
+    "v: expected a head count that divides k's {}, got {}; "
+    "each value head serves Hkv / Hv KV heads: pass one a KV head, or one that all share"
+)
 SHAPE = "expected shape {}, got {}; there is no broadcast: expand it"
 MOVE = "expected device cpu, got meta; move it with .to('cpu')"
 SCALE = "scale: expected a finite number, at least 0, got {}; negate q for a negative scale"
@@ -72,8 +75,11 @@ BAD_CALLS = {
     "k-v-batch": BadCall({"k": (3, 2, 6, 16), "v": (3, 2, 6, 24)}, BATCH.format("2, 3, 3")),
     "broadcast-batch": BadCall({"k": (1, 2, 6, 16), "v": (1, 2, 6, 24)}, BATCH.format("2, 1, 1")),
     "v-batch": BadCall({"v": (1, 2, 6, 24)}, BATCH.format("2, 2, 1")),
-    "v-heads": BadCall({"v": (2, 1, 6, 24)}, VALUES.format([2, 1, 6, 24])),
-    "v-length": BadCall({"v": (2, 2, 5, 24)}, VALUES.format([2, 2, 5, 24])),
+    "more-v-heads-than-k": BadCall({"v": (2, 4, 6, 24)}, VALUE_HEADS.format(2, 4)),
+    "v-heads": BadCall({"k": (2, 4, 6, 16), "v": (2, 3, 6, 24)}, VALUE_HEADS.format(4, 3)),
+    "no-v-heads": BadCall({"v": (2, 0, 6, 24)}, VALUE_HEADS.format(2, 0)),
+    "v-length": BadCall({"v": (2, 2, 5, 24)}, "v: expected the length of k, 6, got 5; pass one value a key"),
+    "shared-v-length": BadCall({"v": (2, 1, 7, 24)}, "v: expected the length of k, 6, got 7; pass one value a key"),
     "q-heads": BadCall({"q": (2, 3, 6, 16)}, HEADS.format(3)),
     "fewer-q-heads-than-k": BadCall({"q": (2, 1, 6, 16)}, HEADS.format(1)),
     "no-k-heads": BadCall(
@@ -87,7 +93,8 @@ BAD_CALLS = {
         {"q": (2, 4, 6, 257), "k": (2, 2, 6, 257)},
         "head dim of q and k: expected 1 to 256, got 257; split or pad the heads",
     ),
-    "wide-values": BadCall({"v": (2, 2, 6, 512)}, "head dim of v: expected 1 to 256, got 512; split or pad the heads"),
+    "wide-values": BadCall({"v": (2, 2, 6, 513)}, "head dim of v: expected 1 to 512, got 513; split or pad the heads"),
+    "no-values": BadCall({"v": (2, 1, 6, 0)}, "head dim of v: expected 1 to 512, got 0; split or pad the heads"),
     "no-head-dim": BadCall(
         {"q": (2, 4, 6, 0), "k": (2, 2, 6, 0)},
         "head dim of q and k: expected 1 to 256, got 0; split or pad the heads",

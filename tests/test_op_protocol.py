@@ -27,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one-token": {"lengths": (1, 1), "padding": "some"},
     "nothing": {"lengths": (0, 0)},
     "no-keys": {"lengths": (3, 0), "q_start": True},
+    "shared-values": {"heads": (4, 4), "value_heads": 2, "dims": (16, 40), "padding": "some"},
+    "latent": {"dtype": torch.bfloat16, "heads": (6, 3), "value_heads": 1, "dims": (16, 512)},
 }
 on_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
@@ -122,7 +124,17 @@ def test_fake_results_have_the_real_shapes_dtypes_and_strides(name: str, dtype: 
         assert_same_metadata(fake_backward, real_backward)
 
 
-@pytest.mark.parametrize("settings", [{}, {"padding": "some", "heads": (2, 2)}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"padding": "some", "heads": (2, 2)},
+        {"scale": 0.3},
+        {"padding": "some", "heads": (3, 3), "value_heads": 1},
+        {"heads": (4, 4), "value_heads": 2, "dims": (3, 6)},
+    ],
+    ids=str,
+)
 @on_forms
 def test_gradcheck(name: str, settings: dict[str, Any]) -> None:
     call = make(
@@ -193,8 +205,9 @@ def test_autocast_leaves_fp64_alone(name: str) -> None:
 PAIRS = {"full_self": 36, "sliding_self": 21, "segment_cross": 16}
 
 
+@pytest.mark.parametrize("value_heads", [2, 1])
 @on_forms
-def test_flops_are_counted_forward_and_backward(name: str) -> None:
+def test_flops_are_counted_forward_and_backward(name: str, value_heads: int) -> None:
     call = make(
         Case(
             name,
@@ -203,6 +216,7 @@ def test_flops_are_counted_forward_and_backward(name: str) -> None:
             lengths=(8, 8),
             dims=(16, 24),
             band=1 if name == "segment_cross" else 3,
+            value_heads=value_heads,
         )
     )
     pairs = 3 * 4 * PAIRS[name]
@@ -271,7 +285,14 @@ def compiled(attend: Callable[..., Any], **keywords: Any) -> Any:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"padding": "some", "q_start": True, "heads": (7, 1)}, {"scale": 0.3}], ids=str
+    "settings",
+    [
+        {},
+        {"padding": "some", "q_start": True, "heads": (7, 1)},
+        {"scale": 0.3},
+        {"heads": (4, 4), "value_heads": 1, "dims": (16, 40)},
+    ],
+    ids=str,
 )
 @on_forms
 def test_a_traced_step_gives_what_eager_gives(name: str, settings: dict[str, Any], dynamic: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from custom_ops import cpu
+from custom_ops.form import Form
 from custom_ops.forms import FORMS
+from custom_ops.reference import reference_attention
 from tests.helpers import (
     LAYOUTS,
     PADDINGS,
@@ -241,13 +247,132 @@ def test_empty_calls_have_empty_results_and_gradients(name: str, sizes: tuple[in
             assert torch.count_nonzero(gradient) == 0
 
 
-def largest_allocation(run_once: Callable[[], object]) -> int:
-    """The most bytes that one CPU allocation asked for during ``run_once()``, kernels' own scratch memory included."""
+def allocations(run_once: Callable[[], object]) -> list[int]:
+    """Bytes of every CPU allocation during ``run_once()``, kernels' own scratch memory included."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         run_once()
     events = profiler.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+# ---------------------------------------------------------------------- values that KV heads share
+
+
+# One value head for all, for pairs of KV heads, and for groups of query heads that share KV heads too.
+SHARED_VALUES = (
+    {"heads": (3, 3), "value_heads": 1, "dims": (24, 512)},
+    {"heads": (4, 4), "value_heads": 2, "dims": (16, 40), "padding": "some"},
+    {"heads": (8, 4), "value_heads": 1, "dims": (16, 16), "lengths": (290, 333), "q_start": True, "scale": 0.3},
+    {"heads": (6, 6), "value_heads": 3, "dims": (48, 8), "padding": "first", "layout": "token_major"},
+)
+on_shared_values = pytest.mark.parametrize(
+    "settings", SHARED_VALUES, ids=lambda s: "h{}x{}v{}".format(*s["heads"], s["value_heads"])
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_shared_values
+@on_forms
+def test_shared_values_are_as_exact_as_the_reference(name: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    call = make(Case(name, dtype, **settings))
+    grads = cotangents(call)
+    results = run(call.form.op, call, grads)
+    assert_outputs_are_well_formed(results.out, results.lse, call)
+    for gradient, t in zip(results[2:], call.qkv, strict=True):
+        assert gradient.shape == t.shape and gradient.dtype == t.dtype
+    assert_as_exact_as_the_reference(results, call, grads)
+
+
+@on_shared_values
+@on_forms
+def test_shared_values_give_what_a_copy_for_every_kv_head_gives(name: str, settings: dict[str, Any]) -> None:
+    call = make(Case(name, torch.float64, **settings))
+    grads = cotangents(call)
+    sharing = call.k.shape[1] // call.v.shape[1]
+    copied = dataclasses.replace(call, v=call.v.repeat_interleave(sharing, 1))
+    for attend in (call.form.op, functools.partial(reference, call.form)):
+        results, expected = run(attend, call, grads), run(attend, copied, grads)
+        summed = expected._replace(dv=expected.dv.unflatten(1, (-1, sharing)).sum(2))  # type: ignore[union-attr]
+        for a, b in zip(results, summed, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def reference(form: Form, *qkv: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
+    return reference_attention(*qkv, form, operands, scale, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_forms
+def test_nan_in_hidden_keys_reaches_nothing_of_shared_values(name: str, dtype: torch.dtype) -> None:
+    call = make(Case(name, dtype, padding="some", heads=(4, 4), value_heads=1, lengths=(37, 37), dims=(16, 40)))
+    hidden = call.operands["key_padding"][:, None, :, None]
+    poisoned = dataclasses.replace(call, k=call.k.masked_fill(hidden, math.nan), v=call.v.masked_fill(hidden, math.nan))
+    grads = cotangents(call)
+    clean, dirty = (run(call.form.op, c, grads) for c in (call, poisoned))
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    for gradient in dirty[3:]:
+        assert torch.count_nonzero(gradient.masked_select(hidden)) == 0
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of what aten ops allocate for their results; results that share an input's memory left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = (t.untyped_storage() for t in tree_leaves(results) if isinstance(t, Tensor))
+        self.sizes += [storage.nbytes() for storage in made if storage.data_ptr() not in given]
+        return results
+
+
+MIB = 1 << 20
+HEADS, KEYS, LATENT = 16, 2048, 512
+LATENT_BYTES = KEYS * LATENT * 4
+
+
+def latent_call(name: str, query_len: int, **settings: Any) -> Call:
+    """16 heads of 8 elements whose values are one latent of 512: a copy of it a head is 64 MiB, the keys are 1 MiB."""
+    dims = {"heads": (HEADS, HEADS), "value_heads": 1, "lengths": (query_len, KEYS), "dims": (8, LATENT)}
+    return make(Case(name, batch=1, q_start=True, band=KEYS, **dims, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("padding", ["none", "some"])
+@pytest.mark.parametrize("query_len", [1, 16])
+@on_forms
+def test_no_value_is_copied_for_a_head(name: str, query_len: int, padding: str) -> None:
+    call = latent_call(name, query_len, padding=padding)
+    slots = call.form.slots(call.operands)
+    # One copy of the latent where padded keys are cleared in it; the scores of all heads are at most 2 MiB.
+    allowed = LATENT_BYTES if padding == "some" else HEADS * query_len * KEYS * 4
+    forwards = (
+        lambda: cpu.forward(call.form, *call.qkv, slots, 0.3),
+        lambda: reference_attention(*call.qkv, call.form, call.operands, 0.3),
+    )
+    for forward in forwards:
+        with Allocations() as seen:
+            forward()
+        assert max(seen.sizes) <= allowed and sum(seen.sizes) <= HEADS * LATENT_BYTES // 2
+        assert (LATENT_BYTES in seen.sizes) == (padding == "some")  # the watch sees what is there
+    # Kernels' own scratch memory too.
+    assert largest_allocation(lambda: call.form.op(*call.qkv, **call.operands)) <= allowed
+
+
+@on_forms
+def test_gradients_of_shared_values_are_summed_without_one_for_every_head(name: str) -> None:
+    call = latent_call(name, 16)
+    grads = cotangents(call)
+    assert largest_allocation(lambda: run(call.form.op, call, grads)) <= LATENT_BYTES
+
+
+def largest_allocation(run_once: Callable[[], object]) -> int:
+    """The most bytes that one CPU allocation asked for during ``run_once()``."""
+    return max(allocations(run_once))
 
 
 def test_the_memory_watch_sees_a_dense_mask() -> None:
@@ -255,7 +380,6 @@ def test_the_memory_watch_sees_a_dense_mask() -> None:
 
 
 LONG = 16384
-MIB = 1 << 20
 
 
 @pytest.mark.parametrize("name", ["sliding_self", "segment_cross"])

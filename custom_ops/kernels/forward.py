@@ -19,7 +19,7 @@ def forward_kernel(
     READS_KEYS: tl.constexpr, MAY_BE_FULL: tl.constexpr,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
     HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
-    G: tl.constexpr, HEADS_TOGETHER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    G: tl.constexpr, SHARING: tl.constexpr, HEADS_TOGETHER: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def forward_kernel(
         row_tile * BLOCK_M // G, tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // G, query_len - 1), batch,
         query_len, key_len,
         K + batch.to(tl.int64) * stride_k[0] + kv_head.to(tl.int64) * stride_k[1],
-        V + batch.to(tl.int64) * stride_v[0] + kv_head.to(tl.int64) * stride_v[1],
+        V + batch.to(tl.int64) * stride_v[0] + (kv_head // SHARING).to(tl.int64) * stride_v[1],
         stride_k[2], stride_v[2], Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING, ints, scale,
         VISIBLE, KEY_VISIBLE, BOUNDS, READS_KEYS, MAY_BE_FULL, HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES,
         HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION, BLOCK_M, BLOCK_N, D, D_PAD, DV, DV_PAD,

@@ -30,20 +30,22 @@ def forward(
 
     Shapes as in ``torch.ops.lowered_attn``. ``config`` overrides the shipped tiling.
     """
-    batch, kv_heads, key_len, value_dim = value.shape
+    batch, kv_heads, key_len, head_dim = key.shape
+    value_dim = value.shape[3]
     if query.numel() == 0 or key_len == 0:
         return unseeing_outputs(query, value)
     out, lse = empty_outputs(query, value)
     query, key, value = (unit_last_stride(t) for t in (query, key, value))
     call = _Call(form, query, key, value, slots)
     config = config or forward_config(
-        call.architecture, query.dtype, query.shape[3], value_dim, call.width, call.descriptors_fit
+        call.architecture, query.dtype, head_dim, value_dim, call.width, call.descriptors_fit
     )
     if config.descriptors:
         _set_allocator()
     heads = batch * kv_heads
     grid = (triton.cdiv(query.shape[2] * call.group, config.block_m) * heads,)
-    together = heads_together(call.l2_bytes, heads, key_len * (query.shape[3] + value_dim) * query.element_size())
+    elements_a_key = head_dim + value_dim * value.shape[1] // kv_heads
+    together = heads_together(call.l2_bytes, heads, key_len * elements_a_key * query.element_size())
     with on_device_of(query):
         forward_kernel[grid](
             query, key, value, out, lse, *call.operand_pointers,
@@ -71,15 +73,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; see ``custom_ops/kernels/backward.py``. ``config`` overrides the shipped tiling."""
     dq, dk, dv = empty_gradients(query, key, value)
-    batch, kv_heads, key_len, value_dim = value.shape
-    query_len = query.shape[2]
+    batch, kv_heads, key_len, head_dim = key.shape
+    value_heads, value_dim, query_len = value.shape[1], value.shape[3], query.shape[2]
     if query.numel() == 0 or key_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     query, key, value, out = (unit_last_stride(t) for t in (query, key, value, out))
     grad_out = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
     call = _Call(form, query, key, value, slots)
-    config = config or backward_config(call.architecture, query.dtype, query.shape[3], value_dim)
+    config = config or backward_config(call.architecture, query.dtype, head_dim, value_dim)
     delta = torch.empty_like(lse)
+    delta_rows = min(64, 16384 // call.constants["DV_PAD"])  # 64 rows of 512 spill 296 bytes on Blackwell
     widths = {"DV": call.constants["DV"], "DV_PAD": call.constants["DV_PAD"]}
     strides = (query.stride()[:3], key.stride()[:3], value.stride()[:3], grad_out.stride()[:3])
     tiling: dict[str, Any] = {
@@ -88,10 +91,11 @@ def backward(
     }  # fmt: skip
     sizes = (kv_heads, query_len, key_len, call.ints, scale)
     with on_device_of(query):
-        backward_kernels.delta_kernel[(triton.cdiv(query_len, 64) * batch * query.shape[1],)](
+        backward_kernels.delta_kernel[(triton.cdiv(query_len, delta_rows) * batch * query.shape[1],)](
             grad_out, out, delta if grad_lse is None else grad_lse.contiguous(), delta,
             grad_out.stride()[:3], out.stride()[:3],
-            query.shape[1], query_len, HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=64, **widths, num_warps=4,
+            query.shape[1], query_len, HAS_GRAD_LSE=grad_lse is not None, BLOCK_M=delta_rows, **widths,
+            num_warps=4,
         )  # fmt: skip
         backward_kernels.query_gradient_kernel[
             (triton.cdiv(query_len * call.group, config.block_m) * batch * kv_heads,)
@@ -100,7 +104,7 @@ def backward(
             *strides, dq.stride()[:3],
             *sizes, **tiling,
         )  # fmt: skip
-        backward_kernels.key_value_gradient_kernel[(triton.cdiv(key_len, config.block_n) * batch * kv_heads,)](
+        backward_kernels.key_value_gradient_kernel[(triton.cdiv(key_len, config.block_n) * batch * value_heads,)](
             query, key, value, grad_out, lse, delta, dk, dv, *call.operand_pointers,
             *strides, dk.stride()[:3], dv.stride()[:3],
             *sizes, **tiling,
@@ -117,7 +121,13 @@ class _Call:
         self.group = query.shape[1] // key.shape[1]
         self.constants = {
             **constants(
-                self.mask, slots, group=self.group, head_dim=query.shape[3], value_dim=value.shape[3], dtype=query.dtype
+                self.mask,
+                slots,
+                group=self.group,
+                sharing=key.shape[1] // value.shape[1],
+                head_dim=query.shape[3],
+                value_dim=value.shape[3],
+                dtype=query.dtype,
             ),
             "VISIBLE": functions.visible,
             "KEY_VISIBLE": functions.key_visible,

@@ -43,7 +43,7 @@ def kernel_operands(slots: Slots) -> dict[str, Any]:
 
 
 def constants(
-    mask: Mask, slots: Slots, *, group: int, head_dim: int, value_dim: int, dtype: torch.dtype
+    mask: Mask, slots: Slots, *, group: int, sharing: int, head_dim: int, value_dim: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The constants that do not depend on the tiling, by their names in ``custom_ops/kernels/tile.py``.
 
@@ -54,6 +54,7 @@ def constants(
         **{f"HAS_{name}": operand is not None for name, operand in kernel_operands(slots).items()},
         "PRECISION": dot_precision(dtype),
         "G": group,
+        "SHARING": sharing,
         "D": head_dim,
         "D_PAD": padded_dim(head_dim),
         "DV": value_dim,

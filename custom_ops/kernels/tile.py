@@ -2,6 +2,7 @@
 
 Legend
     B, Hq, Hkv      batch, query heads, KV heads; G = Hq / Hkv query heads share one KV head (a GQA group)
+    Hv              value heads; SHARING = Hkv / Hv KV heads share one (1, but for values made for all heads at once)
     D, DV           head dim of q and k, and of v; D_PAD, DV_PAD the next powers of two, at least 16
     row             a query of one head of the group: row r is query r // G, head r % G: no G wastes rows
     BLOCK_M         rows a tile; BLOCK_N keys a tile

@@ -62,6 +62,8 @@ def forward_config(
         return TileConfig(64, 32, 8, 1) if wide <= 64 else TileConfig(32 if wide <= 128 else 16, 16, 8, 1)
     if width is not None and width <= 32:
         return _narrow(wide, width)
+    if wide > 256 and architecture in (90, 100, 103):
+        return _latent(descriptors_fit)
     if architecture == 90:
         return _hopper(head_dim, value_dim, wide, width, descriptors_fit)
     if architecture in (100, 103):
@@ -71,6 +73,8 @@ def forward_config(
         return TileConfig(64, 32, 4, 3)
     if wide <= 64:
         return TileConfig(128, 64, 8, 3)
+    if wide > 256:
+        return TileConfig(64, 16, 8, 3)  # 84 KB at most; 32 keys a tile spill 32 to 64 bytes
     return TileConfig(128, 32, 8, 3) if wide <= 128 else TileConfig(64, 32, 8, 2)
 
 
@@ -82,6 +86,15 @@ def _narrow(wide: int, width: int) -> TileConfig:
     """
     warps = 4 if wide <= 128 else 8
     return TileConfig(64, 16, warps, 2) if width <= 16 else TileConfig(64, 32, warps, 2)
+
+
+def _latent(descriptors_fit: bool) -> TileConfig:
+    """Values of more than 256 elements, not measured: 64 rows a tile leave an accumulator of 128 registers a thread.
+
+    128 rows spill 11 KB on Hopper and do not fit Blackwell's tensor memory. Pointers, whose addresses live in
+    registers, spill up to 180 bytes with 64 keys a tile and 512 with padded keys; descriptors take 184 to 233.
+    """
+    return TileConfig(64, 64, 8, 2, descriptors=True) if descriptors_fit else TileConfig(64, 32, 8, 3)
 
 
 def _hopper(head_dim: int, value_dim: int, wide: int, width: int | None, descriptors_fit: bool) -> TileConfig:
@@ -125,8 +138,12 @@ def backward_config(architecture: int, dtype: torch.dtype, head_dim: int, value_
         return INTERPRETED
     wide = max(padded_dim(head_dim), padded_dim(value_dim))
     if dtype == torch.float32:
-        return TileConfig(32, 32, 4, 1) if wide <= 64 else TileConfig(16, 16, 4, 1)
+        return TileConfig(32, 32, 4, 1) if wide <= 64 else TileConfig(16, 16, 4 if wide <= 256 else 8, 1)
+    if wide > 256 and architecture not in (80, 90, 100, 103):
+        return TileConfig(16, 32, 8, 1)  # 78 to 90 KB of shared memory, where a block has 99
     if wide > 128:
+        # 512 for v: 106 to 131 KB, 226 to 255 registers and no spills on sm_80, sm_90 and sm_100. With 64 keys a tile
+        # Hopper multiplies by wgmma, but spills 456 to 1,456 bytes.
         return TileConfig(32, 32, 8, 1)
     if architecture not in (90, 100, 103):
         return TileConfig(64, 64, 8, 1)

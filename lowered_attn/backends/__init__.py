@@ -1,8 +1,9 @@
 """Backends: how a form's attention is run. One module each; a new one is its file and its line in BACKENDS.
 
-Every backend takes the same tensors. q is [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv], Hq a
-multiple of Hkv; operands are the form's own, by name, as its op documents them. The result is [B, Hq, Lq, Dv]
-in q's dtype. A query that sees no key gives 0 and has zero gradients.
+Every backend takes the same tensors. q is [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hv, Lk, Dv], Hq a
+multiple of Hkv and Hkv one of Hv (KV head h has value head h // (Hkv / Hv), so that heads may share their values);
+operands are the form's own, by name, as its op documents them. The result is [B, Hq, Lq, Dv] in q's dtype. A query
+that sees no key gives 0 and has zero gradients.
 """
 
 from __future__ import annotations

@@ -17,10 +17,17 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from custom_ops.form import Form
 from custom_ops.masks import OperandValue
 from custom_ops.padding import clear_padded
+from lowered_attn.backends.shared_values import by_value_head
 
 NAME = "flex"
 # tl.dot takes no smaller tile: flex's lowering raises below it on CUDA (torch 2.11 to 2.15).
 LEAST_CUDA_HEAD_DIM = 16
+# Flex's own tiling takes 262 to 459 KB of shared memory on sm_90 for values of 256 and 512.
+WIDE_VALUES = {
+    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_warps": 8, "fwd_num_stages": 2,
+    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32,
+    "bwd_num_warps": 8, "bwd_num_stages": 1,
+}  # fmt: skip
 CPU_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,4 +86,9 @@ def _flex(
     # One mask for the whole batch where no tensor says how requests differ.
     batch = q.shape[0] if any(isinstance(value, Tensor) for value in operands.values()) else None
     block_mask = create_block_mask(mask_mod, batch, None, q.shape[2], k.shape[2], device=q.device)
-    return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # Flex tiles by the keys' head dim alone, and needs more shared memory than there is where values are wider.
+    tiling = WIDE_VALUES if q.is_cuda and v.shape[3] > max(q.shape[3], 128) else None
+    attend = functools.partial(
+        flex_attention, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=tiling
+    )
+    return by_value_head(attend, q, k, v)

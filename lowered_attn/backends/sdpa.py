@@ -6,6 +6,7 @@ attention.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,7 @@ from custom_ops.form import Form
 from custom_ops.masks import OperandValue
 from custom_ops.padding import clear_padded
 from custom_ops.reference import query_positions
+from lowered_attn.backends.shared_values import by_value_head
 
 NAME = "sdpa"
 
@@ -36,7 +38,8 @@ def run(
     """Return [B, Hq, Lq, Dv] in q's dtype; rows that see nothing are 0, with zero gradients."""
     grouped = q.shape[1] != k.shape[1]
     if form.name == "full_self" and all(value is None for value in operands.values()):
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        causal = functools.partial(scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=grouped)
+        return by_value_head(causal, q, k, v)
     k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     keys = torch.arange(k.shape[2], device=k.device)
     visible = form.mask.dense(query_positions(q, operands), keys, operands).unsqueeze(1)
@@ -44,5 +47,5 @@ def run(
     # on an H200), and nothing promises that it is not NaN. Such a row is let see everything, then cleared:
     # masked_fill also stops its gradients.
     empty = ~visible.any(dim=-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=visible | empty, scale=scale, enable_gqa=grouped)
-    return out.masked_fill(empty, 0)
+    masked = functools.partial(scaled_dot_product_attention, attn_mask=visible | empty, scale=scale, enable_gqa=grouped)
+    return by_value_head(masked, q, k, v).masked_fill(empty, 0)

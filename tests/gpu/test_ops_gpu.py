@@ -62,9 +62,16 @@ def case_of(form: int, dim: int) -> Case:
     )
 
 
-CASES = [case_of(form, dim) for dim in range(len(DIMS)) for form in range(len(FORMS))]
-COMPILED = [case_of(form, dim) for dim in (1, 2, 6) for form in range(len(FORMS))]
-"""Every form with every dtype, for one common and two odd head dims."""
+SHARED_VALUES = [
+    Case("full_self", torch.bfloat16, (8, 8), (127, 127), (128, 512), value_heads=1),
+    Case("sliding_self", torch.float16, (8, 4), (127, 127), (64, 512), "some", True, band=130, value_heads=2),
+    Case("segment_cross", torch.bfloat16, (6, 6), (127, 127), (256, 320), band=5, value_heads=2),
+    Case("full_self", torch.float32, (3, 3), (127, 127), (96, 512), "some", value_heads=1),
+]
+"""Values that all heads or groups of them share, wider than the keys."""
+CASES = [*(case_of(form, dim) for dim in range(len(DIMS)) for form in range(len(FORMS))), *SHARED_VALUES]
+COMPILED = [*(case_of(form, dim) for dim in (1, 2, 6) for form in range(len(FORMS))), *SHARED_VALUES]
+"""Every form with every dtype, for one common and two odd head dims; shared values."""
 BF16 = {name: next(c for c in CASES if c.form == name and c.dtype == torch.bfloat16) for name in FORMS}
 
 

@@ -109,6 +109,33 @@ def test_values_and_gradients_are_as_exact_as_the_reference(
     assert_as_exact_as_the_reference(results, call, grads)
 
 
+# One value head for all KV heads, for pairs of them, and for groups of query heads that share KV heads too. Past 256
+# elements the gradients of k and v come from transposed products.
+SHARED_VALUES = (
+    {"heads": (3, 3), "value_heads": 1, "dims": (16, 264)},
+    {"heads": (4, 4), "value_heads": 2, "dims": (24, 8), "padding": "some"},
+    {"heads": (4, 2), "value_heads": 1, "dims": (16, 16), "lengths": (5, 41), "q_start": True},
+)
+
+
+@pytest.mark.parametrize("settings", SHARED_VALUES, ids=lambda s: "h{}x{}v{}".format(*s["heads"], s["value_heads"]))
+@on_forms
+def test_values_that_heads_share(name: str, settings: dict[str, Any]) -> None:
+    call = make(Case(name, **settings))
+    grads = cotangents(call)
+    results = interpret(call, grads, TileConfig(32, 16, 4, 1))
+    assert_outputs_are_well_formed(results.out, results.lse, call)
+    assert_as_exact_as_the_reference(results, call, grads)
+    # The same products in the same order as with a copy of the values for every KV head.
+    sharing = call.k.shape[1] // call.v.shape[1]
+    copied = dataclasses.replace(call, v=call.v.repeat_interleave(sharing, 1))
+    expanded = interpret(copied, grads, TileConfig(32, 16, 4, 1))
+    for a, b in zip(results[:4], expanded[:4], strict=True):
+        assert torch.equal(a, b)
+    assert expanded.dv is not None and results.dv is not None
+    torch.testing.assert_close(results.dv, expanded.dv.unflatten(1, (-1, sharing)).sum(2))
+
+
 @on_forms
 def test_any_strides(name: str) -> None:
     for layout in LAYOUTS:
@@ -119,6 +146,9 @@ def test_any_strides(name: str) -> None:
             (grad_out.mT.contiguous().mT, grad_lse.mT.contiguous().mT),
         ):
             assert_as_exact_as_the_reference(interpret(call, grads), call, grads)
+        shared = make(Case(name, lengths=(20, 20), layout=layout, heads=(4, 4), value_heads=2))
+        grads = cotangents(shared)
+        assert_as_exact_as_the_reference(interpret(shared, grads), shared, grads)
 
 
 @on_forms
