@@ -16,7 +16,7 @@ from torch import Tensor
 from custom_ops.paged.call import PagedCall
 from custom_ops.paged.layout import FP8
 from custom_ops.paged.masks import request_operand_names
-from custom_ops.paged.reference import RequestRows, reference_paged_attention, requests
+from custom_ops.paged.reference import RequestRows, reference_attention_of, requests
 from tests.helpers import HALF_EXP_ERROR, SUM_ERROR, largest_error, root_mean_square
 
 LENGTHS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -24,11 +24,14 @@ LENGTHS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "chunks": ((30, 8, 8), (0, 12, 12), (17, 4, 4)),
     "mixed": ((30, 5, 5), (17, 1, 1), (0, 9, 9), (41, 3, 3), (3, 1, 1)),
     "ragged": ((0, 0, 0), (30, 5, 5), (12, 0, 0), (5, 7, 3), (9, 2, 0), (0, 4, 1), (0, 1, 1), (21, 6, 5)),
+    "drafts": ((33, 2, 2), (0, 4, 4), (18, 3, 3), (7, 1, 1), (50, 4, 2), (12, 0, 0)),
     "long": ((5, 300, 290), (333, 2, 2)),
     "nothing": ((0, 0, 0), (7, 0, 0)),
     "nobody": (),
 }
 """Requests as (cached tokens, new tokens, valid new tokens)."""
+KEYS_AND_VALUES = (("k", "v"), ("k_cache", "v_cache"))
+"""Arguments, of which in a call of latent attention the second is a view of the first."""
 PAST_THE_LENGTH = (-1, 2147480000)
 """Page ids that lie in page tables past a request's length."""
 
@@ -190,7 +193,10 @@ def moved(call: PagedCall, device: str) -> PagedCall:
     """``call`` on another device."""
     fields = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in vars(call).items()}
     fields["request_values"] = [t.to(device) for t in call.request_values]
-    return PagedCall(**fields)
+    if call.latent:
+        views = {v: fields[k] if fields[k] is None else fields[k][..., : call.value_dim] for k, v in KEYS_AND_VALUES}
+        fields.update(views)
+    return type(call)(**fields)
 
 
 def attend(call: PagedCall) -> tuple[Tensor, Tensor]:
@@ -203,8 +209,7 @@ def attend(call: PagedCall) -> tuple[Tensor, Tensor]:
 
 def oracle(call: PagedCall) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` in fp64, on the CPU."""
-    out, lse = reference_paged_attention(**vars(moved(call, "cpu")), dtype=torch.float64)
-    return out, lse
+    return reference_attention_of(moved(call, "cpu"), torch.float64)
 
 
 def low_precision(call: PagedCall) -> tuple[Tensor, Tensor]:
@@ -215,7 +220,7 @@ def low_precision(call: PagedCall) -> tuple[Tensor, Tensor]:
     """
     call = moved(call, "cpu")
     dtype = call.q.dtype
-    out = torch.zeros(call.q.shape, dtype=dtype)
+    out = torch.zeros((*call.q.shape[:2], call.out_dim), dtype=dtype)
     lse = torch.full(call.q.shape[:2], -math.inf)
     for request in requests(call, torch.float32):
         query, key, value = (t.transpose(0, 1).to(dtype).float() for t in (request.query, request.key, request.value))
@@ -253,7 +258,7 @@ def floors(call: PagedCall, exact: tuple[Tensor, Tensor]) -> tuple[float, float]
 
 def assert_as_exact_as_the_reference(out: Tensor, lse: Tensor, call: PagedCall) -> None:
     """``out`` and ``lse`` are as close to fp64 as q's dtype allows: twice its own error plus ``floors``."""
-    assert out.shape == call.q.shape and out.dtype == call.q.dtype and out.is_contiguous()
+    assert out.shape == (*call.q.shape[:2], call.out_dim) and out.dtype == call.q.dtype and out.is_contiguous()
     assert lse.shape == call.q.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
     exact, low = oracle(call), low_precision(call)
     for name, actual, true, own, floor in zip(("out", "lse"), (out, lse), exact, low, floors(call, exact), strict=True):

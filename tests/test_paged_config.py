@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from custom_ops.kernels.paged_config import PagedConfig, paged_config, resolve_shape_class
 from custom_ops.kernels.paged_specialise import attention_constants
-from custom_ops.paged.call import PagedCall
+from custom_ops.kernels.specialise import padded_dim
+from custom_ops.paged.call import LatentCall, PagedCall
 from custom_ops.paged.layout import FP8, CacheSizes, empty_caches
 from custom_ops.paged.schedule import ScheduleCall
 from custom_ops.paged.schedule_layout import ScheduleLayout
@@ -44,14 +46,29 @@ def test_shape_class_follows_from_capacities(shape_class: str, tokens: int, requ
     assert resolve_shape_class(shape_class, tokens, requests) == expected
 
 
-@pytest.mark.parametrize("heads, kv_heads, padded", ((32, 32, 1), (24, 8, 4), (28, 4, 8), (32, 2, 16), (40, 1, 64)))
-def test_a_tile_holds_whole_tokens_of_a_group(heads: int, kv_heads: int, padded: int) -> None:
+@pytest.mark.parametrize("heads, kv_heads", ((32, 32), (24, 8), (28, 4), (32, 2), (40, 1), (63, 1), (128, 1), (3, 1)))
+@pytest.mark.parametrize("value_dim", (None, 128))
+def test_a_tile_holds_whole_tokens_of_a_block_of_heads(heads: int, kv_heads: int, value_dim: int | None) -> None:
+    group = heads // kv_heads
     for shape_class in ("decode", "chunk"):
-        grouped = config(num_heads=heads, num_kv_heads=kv_heads, shape_class=shape_class)
-        assert grouped.padded_group == padded and grouped.items_per_entry == kv_heads
-        assert grouped.tile_tokens * padded == grouped.block_m >= 16
-        alone = config(num_heads=heads, num_kv_heads=kv_heads, shape_class=shape_class, impl="triton")
-        assert alone.padded_group == 1 and alone.items_per_entry == heads and alone.tile_tokens == alone.block_m
+        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "shape_class": shape_class, "value_dim": value_dim}
+        grouped, alone = config(**sizes), config(**sizes, impl="triton")
+        for found, most in ((grouped, grouped.block_m), (alone, 1)):
+            assert found.items_per_entry == kv_heads and found.head_blocks == -(-group // most)
+            # As few heads a block as that many blocks need, and the next power of two.
+            in_block = -(-group // found.head_blocks)
+            assert in_block <= found.padded_group < 2 * in_block
+            assert found.tile_tokens * found.padded_group == found.block_m >= 16
+            assert found.counters_per_program == found.head_blocks
+            assert 1 <= found.programs <= 2 * SMS[90] // found.head_blocks or found.programs == 1
+            assert found.scratch_rows == 2 * found.programs * found.head_blocks * found.block_m
+
+
+@pytest.mark.parametrize("requests, kv_heads", ((1, 8), (4, 8), (1, 5), (1, 1)))
+def test_where_items_are_few_each_kv_head_has_as_many_programs(requests: int, kv_heads: int) -> None:
+    found = config(requests=requests, num_kv_heads=kv_heads, num_heads=4 * kv_heads)
+    assert found.programs % kv_heads == 0 and SMS[90] - kv_heads < found.programs <= SMS[90]
+    assert config(requests=64).programs == 2 * SMS[90], "many items are dealt out evenly by any number of programs"
 
 
 def test_sections_of_a_schedule_follow_one_another() -> None:
@@ -94,6 +111,24 @@ def call_of(
     )  # fmt: skip
 
 
+def latent_call_of(
+    *, heads: int, value_dim: int, rotary_dim: int, direct: bool, page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16, requests: int = 64, **more: Any,
+) -> LatentCall:  # fmt: skip
+    """The same over latents."""
+
+    def empty(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="cuda")
+
+    head_dim = value_dim + rotary_dim
+    cache, new = empty(4096, page_size, 1, head_dim, of=dtype), empty(requests, 1, head_dim, of=dtype)
+    return LatentCall(
+        empty(requests, heads, head_dim, of=dtype), new if direct else None, new[..., :value_dim] if direct else None,
+        cache, cache[..., :value_dim], empty(requests + 1), empty(requests), empty(requests, 256), None, [],
+        scale=0.1, impl="triton_portable", first_elements=value_dim, **more,
+    )  # fmt: skip
+
+
 def compiled(arch: str, shape_class: str, **sizes: Any) -> list[Any]:
     """Resources of the attention kernel and of the schedule's, with the shipped tiling."""
     pytest.importorskip("triton", reason="Triton compiles the kernels")
@@ -102,7 +137,7 @@ def compiled(arch: str, shape_class: str, **sizes: Any) -> list[Any]:
     from inductor_passes.resources import read_resources
 
     with pretend_gpu(arch) as gpu, gpu.fake_tensors():
-        call = call_of(**sizes)
+        call = latent_call_of(**sizes) if "value_dim" in sizes else call_of(**sizes)
         call = dataclasses.replace(call, shape_class=shape_class)
         kernels = compile_launches(lambda q: paged_launch.attention(dataclasses.replace(call, q=q)), call.q)
     return [read_resources(kernel, arch) for kernel in kernels]
@@ -152,15 +187,101 @@ def test_shipped_tilings_neither_spill_nor_outgrow_shared_memory(arch: str, name
     assert programs * attention.registers * 32 * tiling.num_warps <= gpu_facts(arch).regs_per_multiprocessor
 
 
+DEEPSEEK = {"value_dim": 512, "rotary_dim": 64, "direct": True}
+LATENTS = {
+    "decode": ("decode", {**DEEPSEEK, "heads": 128}),
+    "decode-page16-cached": ("decode", {**DEEPSEEK, "heads": 128, "page_size": 16, "direct": False}),
+    "decode-page16": ("decode", {**DEEPSEEK, "heads": 128, "page_size": 16}),
+    "decode-h16": ("decode", {**DEEPSEEK, "heads": 16}),
+    "decode-fp32": ("decode", {**DEEPSEEK, "heads": 16, "dtype": torch.float32}),
+    "decode-d256": ("decode", {"value_dim": 256, "rotary_dim": 64, "direct": True, "heads": 16, "page_size": 16}),
+    "decode-d128-h128": ("decode", {"value_dim": 128, "rotary_dim": 64, "direct": False, "heads": 128}),
+    "decode-d96": ("decode", {"value_dim": 96, "rotary_dim": 0, "direct": True, "heads": 16}),
+    "chunk": ("chunk", {**DEEPSEEK, "heads": 128}),
+    "chunk-h16-cached": ("chunk", {**DEEPSEEK, "heads": 16, "direct": False}),
+    "chunk-window": ("chunk", {**DEEPSEEK, "heads": 63, "window": 512}),
+    "chunk-d256": ("chunk", {"value_dim": 256, "rotary_dim": 64, "direct": True, "heads": 128, "page_size": 16}),
+    "chunk-d128": ("chunk", {"value_dim": 128, "rotary_dim": 32, "direct": True, "heads": 8}),
+}
+
+
+@pytest.mark.parametrize("name", LATENTS)
+@pytest.mark.parametrize(
+    "arch", ("sm_90", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow))
+)
+def test_shipped_tilings_of_latents_neither_spill_nor_read_a_key_twice(arch: str, name: str) -> None:
+    shape_class, sizes = LATENTS[name]
+    found = compiled(arch, shape_class, **sizes)
+    (attention,) = (kernel for kernel in found if kernel.kernel == "paged_forward_kernel")
+    # Triton 3.6 keeps up to 8 bytes more on sm_80.
+    allowed = 16 if arch == "sm_80" else 0
+    problems = dataclasses.replace(attention, spills=max(0, attention.spills - allowed)).problems
+    assert not problems, (attention.config, problems)
+    width, architecture = sizes["value_dim"] + sizes["rotary_dim"], int(arch.removeprefix("sm_"))
+    tiling = config(
+        architecture, shape_class=shape_class, num_heads=sizes["heads"], num_kv_heads=1, head_dim=width,
+        page_size=sizes.get("page_size", 64), value_dim=sizes["value_dim"], dtype=sizes.get("dtype", BF16),
+    )  # fmt: skip
+    # 16 bytes a copy: the tiles that are fetched before the loop, and one in it, of keys alone.
+    padded = sum(padded_dim(dim) for dim in (sizes["value_dim"], sizes["rotary_dim"]) if dim)
+    bytes_of_tile = tiling.block_n * padded * sizes.get("dtype", BF16).itemsize
+    copies = len(re.findall(r"cp\.async\.c[ag]", attention.ptx))
+    assert 0 < copies <= tiling.num_stages * bytes_of_tile // (16 * 32 * tiling.num_warps) + tiling.num_stages
+    programs = max(1, tiling.programs * tiling.head_blocks // SMS[architecture])
+    assert programs * (attention.shared_memory + 1024) <= gpu_facts(arch).shared_memory_per_multiprocessor
+    assert programs * attention.registers * 32 * tiling.num_warps <= gpu_facts(arch).regs_per_multiprocessor
+
+
+@pytest.mark.parametrize("value_dim", (512, 256, 128))
+@pytest.mark.parametrize("shape_class, heads", (("decode", 16), ("chunk", 128)))
+def test_tilings_of_latents_fit_gpus_with_less_shared_memory(value_dim: int, shape_class: str, heads: int) -> None:
+    pytest.importorskip("triton", reason="Triton compiles the kernels")
+    from custom_ops.kernels import paged_launch
+    from inductor_passes.pretend_gpu import compile_launches, pretend_gpu
+
+    # sm_89 cannot be pretended; it takes sm_80's instructions, and 99 KB for a program.
+    tiling = config(89, shape_class=shape_class, num_heads=heads, num_kv_heads=1, value_dim=value_dim, page_size=64)
+    with pretend_gpu("sm_80") as gpu, gpu.fake_tensors():
+        call = latent_call_of(heads=heads, value_dim=value_dim, rotary_dim=64, direct=True)
+        call = dataclasses.replace(call, schedule=call.context_lens)
+        (kernel,) = compile_launches(lambda q: paged_launch.attention(dataclasses.replace(call, q=q), tiling), call.q)
+    assert kernel.shared_memory <= 99 * 1024
+
+
+def test_constants_of_latents() -> None:
+    with torch.device("cpu"):
+        call = latent_call_of_cpu(heads=63, value_dim=48, rotary_dim=16)
+    tiling = config(num_heads=63, num_kv_heads=1, head_dim=64, value_dim=48)
+    constants = attention_constants(call, tiling)
+    assert (constants["LATENT"], constants["D"], constants["DV"], constants["DV_PAD"], constants["R_PAD"]) == (
+        True, 64, 48, 64, 16,
+    )  # fmt: skip
+    assert constants["SAME_STRIDES"] and constants["MERGED"] and constants["HEADS"] == 1
+    assert (constants["G_ALL"], constants["HEAD_BLOCKS"]) == (63, -(-63 // tiling.block_m))
+    assert constants["G"] * constants["HEAD_BLOCKS"] >= 63
+    alone = attention_constants(call_of_cpu(direct=True), config())
+    assert not alone["LATENT"] and alone["D"] == alone["DV"] == 16
+
+
+def latent_call_of_cpu(*, heads: int, value_dim: int, rotary_dim: int) -> LatentCall:
+    head_dim = value_dim + rotary_dim
+    new, cache, lengths = torch.empty(4, 1, head_dim), torch.empty(2, 16, 1, head_dim), torch.empty(4).int()
+    return LatentCall(
+        torch.empty(4, heads, head_dim), new, new[..., :value_dim], cache, cache[..., :value_dim], lengths, lengths,
+        lengths[:, None], None, [], first_elements=value_dim, scale=1.0,
+    )  # fmt: skip
+
+
 def test_constants_know_what_is_absent() -> None:
     call = call_of_cpu(direct=False)
     constants = attention_constants(call, config())
     assert not constants["DIRECT"] and not constants["MERGED"] and constants["EXACT"]
-    assert (constants["G"], constants["PG"], constants["REPEATS"], constants["HEADS"]) == (4, 4, 1, 8)
+    names = ("HEADS", "HEAD_BLOCKS", "G_ALL", "G", "PG")
+    assert [constants[name] for name in names] == [8, 1, 4, 4, 4]
     hole = dataclasses.replace(call, prefix_hole=True, request_values=[call.context_lens] * 2)
     assert not attention_constants(hole, config())["EXACT"]
     alone = attention_constants(dataclasses.replace(call, impl="triton"), config(impl="triton"))
-    assert (alone["G"], alone["PG"], alone["REPEATS"], alone["HEADS"]) == (1, 1, 4, 32)
+    assert [alone[name] for name in names] == [8, 4, 4, 1, 1]
 
 
 def call_of_cpu(direct: bool) -> PagedCall:

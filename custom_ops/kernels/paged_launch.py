@@ -78,11 +78,11 @@ def schedule(call: ScheduleCall, config: PagedConfig | None = None) -> Tensor:
 
 
 def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tensor, Tensor]:
-    """``out [T, Hq, D]`` and ``lse [T, Hq]`` of a call; makes the schedule where the call has none.
+    """``out [T, Hq, out_dim]`` and ``lse [T, Hq]`` of a call; makes the schedule where the call has none.
 
     ``config`` overrides the shipped tiling; the call's schedule must have been made with the same.
     """
-    out, lse = empty_outputs(call.q)
+    out, lse = empty_outputs(call)
     if call.q.numel() == 0:
         return out, lse
     schedule_call = ScheduleCall.of(call)
@@ -101,13 +101,15 @@ def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tenso
 def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: Tensor, lse: Tensor) -> None:
     _check_fp8(call.q, call.k_cache)
     _check_cache_strides(call)
-    k, v = (t if t is None else unit_last_stride(t) for t in (call.k, call.v))
+    k = call.k if call.k is None else unit_last_stride(call.k)
+    # Of latents nothing is read as a value: keys stand for values, as their tokens lie.
+    v = k if call.latent or call.v is None else unit_last_stride(call.v)
     call = dataclasses.replace(call, q=unit_last_stride(call.q), k=k, v=v)
     q = call.q
     functions = paged_functions(call.mask)
     keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
-    rows = 2 * config.programs * config.block_m
-    parts = q.new_empty(rows * padded_dim(q.shape[2]), dtype=torch.float32)
+    rows = config.scratch_rows
+    parts = q.new_empty(rows * padded_dim(call.out_dim), dtype=torch.float32)
     part_stats = q.new_empty(2 * rows, dtype=torch.float32)
     layout = config.schedule_layout(call.requests, q.shape[0])
     pages = unit_last_stride(call.page_tables)
@@ -115,7 +117,7 @@ def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: T
     absent = q
     operands = [absent if t is None else t for t in (call.sinks, call.k_scale, call.v_scale)]
     new_keys, new_values = (absent if t is None else t for t in (call.k, call.v))
-    paged_forward_kernel[(config.programs,)](
+    paged_forward_kernel[(config.programs * config.head_blocks,)](
         q, new_keys, new_values, call.k_cache, call.v_cache, pages, made, *operands, parts, part_stats, out, lse,
         q.stride()[:2], new_keys.stride()[:2], new_values.stride()[:2], keys.stride()[:4], values.stride(),
         pages.stride(0), out.stride()[:2],
@@ -139,12 +141,28 @@ def store(
     layout: str,
 ) -> None:
     """``torch.ops.lowered_attn.store_kv_cache``: ``k`` and ``v`` ``[T, Hkv, D]`` to the slots of ``slot_mapping``."""
+    _store(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, layout)
+
+
+def store_latent(*, latent: Tensor, latent_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``torch.ops.lowered_attn.store_latent_cache``: ``latent [T, D]`` to the slots of ``slot_mapping``."""
+    _store(latent.unsqueeze(1), None, latent_cache.unsqueeze(2), None, slot_mapping, None, None, "unified")
+
+
+def _store(
+    k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, layout: str,
+) -> None:  # fmt: skip
     if k.numel() == 0:
         return
     _check_fp8(k, k_cache)
-    k, v = unit_last_stride(k), unit_last_stride(v)
-    sizes = LAYOUTS[layout].sizes(k_cache)
-    keys, values = LAYOUTS[layout].key_tokens(k_cache), LAYOUTS[layout].value_tokens(v_cache)
+    has_values = v is not None and v_cache is not None
+    # Any tensor stands for one that is absent: the kernel does not read or write it.
+    k = unit_last_stride(k)
+    v = k if v is None else unit_last_stride(v)
+    v_cache = k_cache if v_cache is None else v_cache
+    chosen = LAYOUTS[layout]
+    sizes, keys, values = chosen.sizes(k_cache), chosen.key_tokens(k_cache), chosen.value_tokens(v_cache)
     wide = padded_dim(sizes.head_dim)
     block_heads = max(1, min(triton.next_power_of_2(sizes.kv_heads), 1024 // wide))
     block_tokens = max(1, 1024 // (block_heads * wide))
@@ -154,7 +172,8 @@ def store(
             k if k_scale is None else k_scale, v if v_scale is None else v_scale,
             k.stride()[:2], v.stride()[:2], keys.stride(), (*values.stride()[:3], 0, values.stride(3)),
             k.shape[0], sizes.pages * sizes.page_size, sizes.kv_heads,
-            HAS_K_SCALE=k_scale is not None, HAS_V_SCALE=v_scale is not None, TO_FP8=k_cache.dtype == FP8,
+            HAS_V=has_values, HAS_K_SCALE=k_scale is not None, HAS_V_SCALE=v_scale is not None,
+            TO_FP8=k_cache.dtype == FP8,
             PAGE_SIZE=sizes.page_size, X=keys.shape[4], BLOCK_TOKENS=block_tokens, BLOCK_HEADS=block_heads,
             D=sizes.head_dim, D_PAD=wide, num_warps=4,
         )  # fmt: skip

@@ -120,9 +120,9 @@ def dealt_before(item, program, PROGRAMS: tl.constexpr):
 def largest_share(first_item, items, item_units, PROGRAMS: tl.constexpr):
     """The most units that a sampled program is given where items are dealt: ``items`` a request, of equal size."""
     program = tl.arange(0, SAMPLES) * (PROGRAMS - 1) // (SAMPLES - 1)
-    after = dealt_before((first_item + items)[:, None], program[None, :], PROGRAMS)
-    dealt = after - dealt_before(first_item[:, None], program[None, :], PROGRAMS)
-    return tl.max(tl.sum(dealt * item_units[:, None], 0), 0)
+    after = dealt_before((first_item + items)[None, :], program[:, None], PROGRAMS)
+    dealt = after - dealt_before(first_item[None, :], program[:, None], PROGRAMS)
+    return tl.max(tl.sum(dealt * item_units[None, :], 1), 0)
 
 
 @triton.jit
@@ -214,15 +214,17 @@ def schedule_kernel(
     units = requests_units + padding_tiles * HEADS
 
     before = first_unit
-    for start in range(0, most_row_tiles, TILES_BLOCK):
-        if start > 0:
-            key_tiles = count_key_tiles(start + row_tile, new[:, None], wide, RANGE, DIRECT, TILE_TOKENS, BLOCK_N)
+    start = 0
+    while start < most_row_tiles:
         store_entries(
             entries, first_entry[:, None] + start + row_tile,
             before[:, None] + (tl.cumsum(key_tiles, 1) - key_tiles) * HEADS, key_tiles,
             request[:, None], start + row_tile, q_start[:, None], new[:, None], wide, key_tiles > 0,
         )  # fmt: skip
         before += tl.sum(key_tiles, 1) * HEADS
+        start += TILES_BLOCK
+        if start < most_row_tiles:
+            key_tiles = count_key_tiles(start + row_tile, new[:, None], wide, RANGE, DIRECT, TILE_TOKENS, BLOCK_N)
     nothing = tl.zeros([REQUESTS_BLOCK], tl.int32)
     for start in range(0, padding_tiles, REQUESTS_BLOCK):
         padded_tile = start + tl.arange(0, REQUESTS_BLOCK)
@@ -247,8 +249,8 @@ def schedule_kernel(
 
     program = tl.arange(0, PROGRAMS_BLOCK)
     is_program = program < PROGRAMS
-    for i in tl.static_range(COUNTERS_PER_PROGRAM):
-        tl.store(counters + program * COUNTERS_PER_PROGRAM + i, 0, mask=is_program)
+    for at in range(0, PROGRAMS * COUNTERS_PER_PROGRAM, PROGRAMS_BLOCK):
+        tl.store(counters + at + program, 0, mask=at + program < PROGRAMS * COUNTERS_PER_PROGRAM)
     if dealt == 0:
         program_record = program_records + program * PROGRAM_FIELDS
         items_each = tl.cdiv(items, PROGRAMS)

@@ -8,9 +8,6 @@ from custom_ops.kernels.paged_config import PagedConfig
 from custom_ops.kernels.specialise import dot_precision, padded_dim
 from custom_ops.paged.call import PagedCall
 
-COMBINED_ELEMENTS = 8192
-"""Elements of parts that a program combines at once: 64 registers a thread of 4 warps."""
-
 
 def attention_constants(call: PagedCall, config: PagedConfig) -> dict[str, Any]:
     """The compile-time constants, by their names in ``custom_ops/kernels/paged_tile.py``.
@@ -19,10 +16,9 @@ def attention_constants(call: PagedCall, config: PagedConfig) -> dict[str, Any]:
     strides along D must be 1, but for values of the distinct layout.
     """
     sizes = call.cache_sizes
-    heads, head_dim = call.q.shape[1:]
-    group = heads // sizes.kv_heads
-    alone = call.impl == "triton"
-    wide = padded_dim(head_dim)
+    heads, head_dim = (int(size) for size in call.q.shape[1:])  # guarded on where shapes are symbolic
+    group = heads // int(sizes.kv_heads)
+    wide = padded_dim(call.out_dim)
     keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
     strides = [(keys.stride()[:2], values.stride()[:2])]
     if call.k is not None and call.v is not None:
@@ -36,16 +32,22 @@ def attention_constants(call: PagedCall, config: PagedConfig) -> dict[str, Any]:
         "HAS_V_SCALE": call.v_scale is not None,
         "HAS_SOFTCAP": call.softcap != 0.0,
         "PRECISION": dot_precision(call.q.dtype),
-        "SAME_STRIDES": all(k == v for k, v in strides),
+        # Of latents nothing is read as a value.
+        "SAME_STRIDES": call.latent or all(k == v for k, v in strides),
         "PAGE_SIZE": sizes.page_size,
         "X": keys.shape[4],
         "HEADS": config.items_per_entry,
-        "G": 1 if alone else group,
+        "HEAD_BLOCKS": config.head_blocks,
+        "G_ALL": group,
+        "G": -(-group // config.head_blocks),
         "PG": config.padded_group,
-        "REPEATS": group if alone else 1,
-        "TOGETHER": max(1, min(8, COMBINED_ELEMENTS // (config.block_m * wide))),
+        # 0: too many rows for one part beside what is combined.
+        "TOGETHER": min(8, config.combined_elements // (config.block_m * wide)),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "LATENT": call.latent,
         "D": head_dim,
-        "D_PAD": wide,
+        "DV": call.out_dim,
+        "DV_PAD": wide,
+        "R_PAD": padded_dim(head_dim - call.out_dim),
     }

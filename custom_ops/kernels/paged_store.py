@@ -1,4 +1,7 @@
-"""The eager kernel that stores new keys and values into the pages of a cache: one launch for both, any layout."""
+"""The eager kernel that stores new keys and values into the pages of a cache: one launch for both, any layout.
+
+Latents are keys without values.
+"""
 
 import triton
 import triton.language as tl
@@ -35,11 +38,11 @@ def store_rows(
 def store_kernel(
     K, V, K_CACHE, V_CACHE, SLOTS, K_SCALE, V_SCALE,
     stride_k, stride_v, stride_kc, stride_vc, tokens, slots, heads,
-    HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, TO_FP8: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, TO_FP8: tl.constexpr,
     PAGE_SIZE: tl.constexpr, X: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """One program BLOCK_TOKENS rows of K and of V.
+    """One program BLOCK_TOKENS rows of K and, where HAS_V, of V.
 
     ``slots``: how many the cache has. ``stride_k``, ``stride_v``: token, head; of the caches as for ``store_rows``.
     """
@@ -51,7 +54,8 @@ def store_kernel(
         K, K_CACHE, K_SCALE, token, slot, writes, stride_k[0], stride_k[1], stride_kc, heads,
         HAS_K_SCALE, TO_FP8, PAGE_SIZE, X, BLOCK_HEADS, D, D_PAD,
     )  # fmt: skip
-    store_rows(
-        V, V_CACHE, V_SCALE, token, slot, writes, stride_v[0], stride_v[1], stride_vc, heads,
-        HAS_V_SCALE, TO_FP8, PAGE_SIZE, D, BLOCK_HEADS, D, D_PAD,
-    )  # fmt: skip
+    if HAS_V:
+        store_rows(
+            V, V_CACHE, V_SCALE, token, slot, writes, stride_v[0], stride_v[1], stride_vc, heads,
+            HAS_V_SCALE, TO_FP8, PAGE_SIZE, D, BLOCK_HEADS, D, D_PAD,
+        )  # fmt: skip

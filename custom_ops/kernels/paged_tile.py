@@ -1,11 +1,14 @@
 """Attention of a row tile over the key tiles of a paged cache and of the new tokens. Kernels and templates share it.
 
 Legend, beside that of ``custom_ops/paged/schedule_layout.py`` (unit, entry, item, part)
+    G_ALL           query heads of a KV head. They are cut into HEAD_BLOCKS blocks of G, the last one maybe smaller, and
+                    each is computed by a program of its own: HEAD_BLOCKS of them walk the same units
     G               query heads in a tile; PG the next power of two: row r is token ``r // PG``, head ``r % PG`` of the
-                    tile, and rows with ``r % PG >= G`` are empty
-    REPEATS         items that read the same KV head: 1 where a tile holds the whole group
+                    block, and rows with ``r % PG >= G`` are empty
     BLOCK_M         rows a tile, of TILE_TOKENS = BLOCK_M / PG tokens; BLOCK_N keys a tile
-    D, D_PAD        head dim, and the next power of two
+    D               head dim; DV elements of a value, and DV_PAD the next power of two
+    LATENT          whether a value is the first DV elements of its key: a key tile is read once for both. Else DV is D.
+                    The D - DV elements after those, which may be none, are a tile of R_PAD columns of their own
     context, valid  cached tokens of the request, and its real new ones: ``values`` is these two, then what the mask
                     reads besides
     cached, new     where a key tile's keys are: behind the page table, or in k and v. No tile has both
@@ -99,17 +102,39 @@ def item_values(SCHEDULE, entry):
 
 @triton.jit
 def item_rows(
-    row_tile, item_head, q_start, new, values, not_negative, G: tl.constexpr, PG: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    row_tile, kv_head, block, q_start, new, values, not_negative,
+    G_ALL: tl.constexpr, G: tl.constexpr, PG: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Each row's ``token`` of the request, row of q (64 bits), query head, whether it is one, and whether it sees keys.
 
-    ``not_negative``: any number that is not. Called with one before and another after the loop over key tiles, the
-    compiler computes all this twice; otherwise it keeps it, 80 registers of spills at 64 x 64 tiles.
+    ``block``: of the query heads of ``kv_head``. ``not_negative``: any number that is not. Called with one before and
+    another after the loop over key tiles, the compiler computes all this twice; otherwise it keeps it, 80 registers of
+    spills at 64 x 64 tiles.
     """
     row = tl.arange(0, BLOCK_M) + tl.minimum(not_negative, 0)
     token = row_tile * (BLOCK_M // PG) + row // PG
-    is_row = (token < new) & (row % PG < G)
-    return token, (q_start + token).to(tl.int64), item_head * G + row % PG, is_row, is_row & (token < values[1])
+    head = block * G + row % PG
+    is_row = (token < new) & (row % PG < G) & (head < G_ALL)
+    return token, (q_start + token).to(tl.int64), kv_head * G_ALL + head, is_row, is_row & (token < values[1])
+
+
+@triton.jit
+def load_queries(
+    Q, at, head, stride_q, sees, D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, R_PAD: tl.constexpr
+):
+    """``q [BLOCK_M, DV_PAD]``, the first DV elements of each row, and ``q_high [BLOCK_M, R_PAD]``, those after them.
+
+    0 past D and in rows that see nothing. ``q_high`` is ``q`` again where there are none after them. ``stride_q``:
+    token, head.
+    """
+    rows = Q + (at * stride_q[0] + head * stride_q[1])[:, None]
+    column = tl.arange(0, DV_PAD)[None, :]
+    q = tl.load(rows + column, mask=sees[:, None] & (column < DV), other=0.0)
+    q_high = q
+    if D > DV:
+        column = DV + tl.arange(0, R_PAD)[None, :]
+        q_high = tl.load(rows + column, mask=sees[:, None] & (column < D), other=0.0)
+    return q, q_high
 
 
 @triton.jit
@@ -165,25 +190,25 @@ def tile_rows(
 
 
 @triton.jit
-def load_tile(base, rows, columns, valid, D: tl.constexpr, D_PAD: tl.constexpr):
-    """``[BLOCK_N, D_PAD]`` of keys or values, 0 where not ``valid`` and past D."""
-    if D == D_PAD:
+def load_tile(base, rows, columns, valid, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """``[BLOCK_N, PADDED]`` of keys or values, 0 where not ``valid`` and from column WIDTH on."""
+    if WIDTH == PADDED:
         return tl.load(base + rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)
     else:
-        inside = valid[:, None] & (tl.arange(0, D_PAD) < D)[None, :]
+        inside = valid[:, None] & (tl.arange(0, PADDED) < WIDTH)[None, :]
         return tl.load(base + rows[:, None] + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def attend_tiles(
-    acc, row_sum, row_max, q, position, sees, lower, upper, values,
+    acc, row_sum, row_max, q, q_high, position, sees, lower, upper, values,
     PAGES, K_CACHE, V_CACHE, K, V, stride_kc, stride_vc, stride_kt, stride_vt,
     first, end, cached_tiles, cached_first, new_first, stored, q_start, page_count, max_pages,
     lowest, lowest_of_all, highest_of_all, highest, qk_scale, softcap,
     VISIBLE: tl.constexpr, EXACT: tl.constexpr, CACHED: tl.constexpr, NEW: tl.constexpr,
     SAME_STRIDES: tl.constexpr, X: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    LATENT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over key tiles ``first`` to ``end`` of an item: the cached ones come first, then the new ones.
 
@@ -192,7 +217,7 @@ def attend_tiles(
     no comparison. Where not EXACT the mask hides keys inside too.
     """
     offsets = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, D_PAD)
+    dims = tl.arange(0, DV_PAD)
     k_columns = dims
     v_columns = dims
     if not NEW:
@@ -246,9 +271,14 @@ def attend_tiles(
         if not EXACT:
             keep = VISIBLE(position[:, None], key[None, :], values) & sees[:, None] & valid[None, :]
             valid = valid & (tl.max(keep.to(tl.int32), 0) > 0)
-        k = load_tile(k_base, k_rows, k_columns, valid, D, D_PAD).to(q.dtype)
-        v = load_tile(v_base, v_rows, v_columns, valid, D, D_PAD).to(q.dtype)
+        k = load_tile(k_base, k_rows, k_columns, valid, DV, DV_PAD).to(q.dtype)
+        v = k
+        if not LATENT:
+            v = load_tile(v_base, v_rows, v_columns, valid, DV, DV_PAD).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if LATENT and D > DV:
+            k_high = load_tile(k_base + DV, k_rows, tl.arange(0, R_PAD), valid, D - DV, R_PAD)
+            scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1): right at both ends, where exp is 0 or infinite.
             doubled = scores * (qk_scale * 2.0 / softcap)
@@ -276,20 +306,21 @@ def attend_tiles(
 
 @triton.jit
 def attend_part(
-    q, token, first, end, first_row, new, q_start, values, kv_head,
+    q, q_high, token, first, end, first_row, new, q_start, values, kv_head,
     PAGES, K_CACHE, V_CACHE, K, V, K_SCALE, V_SCALE, stride_kc, stride_vc, stride_k, stride_v,
     page_count, max_pages, scale, softcap,
     RANGE: tl.constexpr, VISIBLE: tl.constexpr, EXACT: tl.constexpr, DIRECT: tl.constexpr, MERGED: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     SAME_STRIDES: tl.constexpr, PAGE_SIZE: tl.constexpr, X: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LATENT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
     """Key tiles ``first`` to ``end`` of an item.
 
-    ``q``: ``[BLOCK_M, D_PAD]``, 0 in rows that see nothing. ``token``: each row's, counted from the request's first new
+    ``q``, ``q_high``: as ``load_queries`` returns them. ``token``: each row's, counted from the request's first new
     one. ``PAGES``: the request's row of the page table. ``stride_kc``, ``stride_vc``: page, token, head and, of K,
-    X elements or, of V, one element; ``stride_k``, ``stride_v``: token and head. Returns ``acc`` ``[BLOCK_M, D_PAD]``,
-    not normalised, ``row_sum`` and ``row_max`` ``[BLOCK_M]`` in base 2.
+    X elements or, of V, one element; ``stride_k``, ``stride_v``: token and head. V_CACHE and V are not read where
+    LATENT. Returns ``acc`` ``[BLOCK_M, DV_PAD]``, not normalised, ``row_sum`` and ``row_max`` ``[BLOCK_M]`` in base 2.
     """
     context = values[0]
     rows = tl.minimum(new, values[1])
@@ -306,7 +337,7 @@ def attend_part(
     )
     # An item that sees nothing has one unit all the same.
     end = tl.minimum(end, cached_tiles + new_tiles)
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # Never 0: 0 * -inf, a hidden score, is NaN.
@@ -323,20 +354,22 @@ def attend_part(
     if not MERGED:
         loop_end = tl.minimum(end, cached_tiles)
     acc, row_sum, row_max = attend_tiles(
-        acc, row_sum, row_max, q, context + token, token < rows, lower, upper, values,
+        acc, row_sum, row_max, q, q_high, context + token, token < rows, lower, upper, values,
         PAGES, keys, cached_values, new_keys, new_values, stride_kc, stride_vc, stride_k[0], stride_v[0],
         first, loop_end, cached_tiles, cached_first, new_first, stored, q_start, page_count, max_pages,
         lowest, lowest_of_all, highest_of_all, highest, cached_scale, softcap,
-        VISIBLE, EXACT, True, MERGED, SAME_STRIDES, X, HAS_SOFTCAP, PRECISION, PAGE_SIZE, BLOCK_N, D, D_PAD,
+        VISIBLE, EXACT, True, MERGED, SAME_STRIDES, X, HAS_SOFTCAP, PRECISION, PAGE_SIZE, BLOCK_N,
+        LATENT, D, DV, DV_PAD, R_PAD,
     )  # fmt: skip
     if HAS_V_SCALE:
         acc *= tl.load(V_SCALE)
     if DIRECT and not MERGED:
         acc, row_sum, row_max = attend_tiles(
-            acc, row_sum, row_max, q, context + token, token < rows, lower, upper, values,
+            acc, row_sum, row_max, q, q_high, context + token, token < rows, lower, upper, values,
             PAGES, keys, cached_values, new_keys, new_values, stride_kc, stride_vc, stride_k[0], stride_v[0],
             tl.maximum(first, cached_tiles), end, cached_tiles, cached_first, new_first, stored, q_start, page_count,
             max_pages, lowest, lowest_of_all, highest_of_all, highest, qk_scale, softcap,
-            VISIBLE, EXACT, False, True, SAME_STRIDES, X, HAS_SOFTCAP, PRECISION, PAGE_SIZE, BLOCK_N, D, D_PAD,
+            VISIBLE, EXACT, False, True, SAME_STRIDES, X, HAS_SOFTCAP, PRECISION, PAGE_SIZE, BLOCK_N,
+            LATENT, D, DV, DV_PAD, R_PAD,
         )  # fmt: skip
     return acc, row_sum, row_max

@@ -21,14 +21,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from custom_ops.form import NAMESPACE
-from custom_ops.op import library, refuse_gradients
-from custom_ops.paged.call import PagedCall, empty_outputs
+from custom_ops.paged.call import PagedCall
 from custom_ops.paged.checks import check_attention
-from custom_ops.paged.schedule import check_schedule_of
+from custom_ops.paged.op import register_attention
 
 _ARGUMENTS = (
     "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor context_lens, "
@@ -39,51 +34,10 @@ _ARGUMENTS = (
 )
 
 
-def _on_cpu(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    from custom_ops.paged import cpu
-
+def _checked_call(op: str, *arguments: Any, **keywords: Any) -> PagedCall:
     call = PagedCall(*arguments, **keywords)
-    check_attention(call)
-    return cpu.attention(call)
+    check_attention(call, op)
+    return call
 
 
-def _on_cuda(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    from custom_ops.kernels import paged_launch
-
-    call = PagedCall(*arguments, **keywords)
-    check_attention(call)
-    check_schedule_of(call)
-    return paged_launch.attention(call)
-
-
-def _fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    call = PagedCall(*arguments, **keywords)
-    check_attention(call)
-    check_schedule_of(call)
-    return empty_outputs(call.q)
-
-
-def _reference(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    from custom_ops.paged.reference import reference_paged_attention
-
-    out, lse = reference_paged_attention(*arguments, **keywords)
-    return out, lse
-
-
-def _reference_fake(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    call = PagedCall(*arguments, **keywords)
-    check_attention(call, "paged_attention_reference")
-    return empty_outputs(call.q)
-
-
-for _name, _cpu, _cuda, _of_shapes in (
-    ("paged_attention", _on_cpu, _on_cuda, _fake),
-    # The reference as an op of its own, so that graphs hold it whole: it reads lengths on the host.
-    ("paged_attention_reference", _reference, _reference, _reference_fake),
-):
-    library.define(f"{_name}{_ARGUMENTS} -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, _cpu, "CPU")
-    library.impl(_name, _cuda, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _of_shapes, lib=library)
-    _refuse = refuse_gradients(_name, "paged attention serves: run it under torch.no_grad(), or train with a form op")
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse, lib=library)
+register_attention("paged_attention", _ARGUMENTS, _checked_call)

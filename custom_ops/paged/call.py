@@ -80,6 +80,26 @@ class PagedCall:
     """One of ``SHAPE_CLASSES``."""
 
     @property
+    def op(self) -> str:
+        """The op that this is a call of, for messages."""
+        return "paged_attention"
+
+    @property
+    def value_dim(self) -> int | None:
+        """Elements of a value where values are the first elements of keys (``LatentCall``), else None."""
+        return None
+
+    @property
+    def latent(self) -> bool:
+        """Whether values are the first elements of keys."""
+        return self.value_dim is not None
+
+    @property
+    def out_dim(self) -> int:
+        """Elements of a row of the output: of a value."""
+        return self.q.shape[2] if self.value_dim is None else self.value_dim
+
+    @property
     def direct(self) -> bool:
         """Whether new keys are read from k and v, and the page table covers the cached ones alone."""
         return self.k is not None
@@ -107,11 +127,31 @@ class PagedCall:
         return default_scale(self.q, self.scale)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentCall(PagedCall):
+    """A call over a cache of latents: one KV head, whose value is the first elements of its key.
+
+    v and v_cache are views of k and k_cache; kernels do not look at them, and read a key once for both products.
+    """
+
+    first_elements: int = 0
+    """How many elements of a key are its value."""
+
+    @property
+    def op(self) -> str:
+        return "paged_latent_attention"
+
+    @property
+    def value_dim(self) -> int:
+        return self.first_elements
+
+
 def mask_of(call: Any) -> Mask:
     """The mask that the arguments of a paged op name; ``paged_attention`` and ``paged_schedule`` name it alike."""
     return paged_mask(call.mode, block_size=call.block_size, window=call.window, prefix_hole=call.prefix_hole)
 
 
-def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out [T, Hq, D]`` in q's dtype and ``lse [T, Hq]`` in fp32, contiguous."""
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+def empty_outputs(call: PagedCall) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``out [T, Hq, out_dim]`` in q's dtype and ``lse [T, Hq]`` in fp32, contiguous."""
+    q = call.q
+    return q.new_empty((*q.shape[:2], call.out_dim)), q.new_empty(q.shape[:2], dtype=torch.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from custom_ops.checks import HEAD_DIMS, fail
+from custom_ops.checks import HEAD_DIMS, VALUE_DIMS, fail
 from custom_ops.paged.call import IMPLS, SHAPE_CLASSES, PagedCall
 from custom_ops.paged.layout import FP8, LAYOUTS, PAGE_SIZES, CacheSizes
 from custom_ops.paged.masks import MODES, request_operand_names
@@ -20,17 +20,22 @@ from custom_ops.paged.masks import MODES, request_operand_names
 QUERY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_HEAD_DIM_STEP = 8
 """Head dims on CUDA are multiples of it: 16 bytes of a 16-bit dtype, the least that a kernel loads at once."""
+ROTARY_DIMS = (0, 128)
+"""Elements of a latent behind the VALUE_DIMS that are its value."""
+CUDA_LATENT_STEP = 16
+"""Both are multiples of it on CUDA: the least depth of a matrix product."""
 
 
-def check_attention(call: PagedCall, op: str = "paged_attention") -> None:
-    """Raise ValueError where ``call`` is not one that every path could compute."""
+def check_attention(call: PagedCall, op: str | None = None) -> None:
+    """Raise ValueError where ``call`` is not one that every path could compute. ``op``: what it names, if not call.op.
+
+    Of a ``LatentCall`` ``check_latents`` has looked at the latents, of which keys and values here are views.
+    """
+    op = op or call.op
     check_names(op, call.mode, call.block_size, call.window, call.impl, call.shape_class)
     q = call.q
-    if q.dim() != 3:
-        fail(op, "q", "3 dimensions [T, Hq, D]", f"shape {list(q.shape)}", "split heads with q.view(T, Hq, D)")
-    if q.dtype not in QUERY_DTYPES:
-        fail(op, "q", "float32, float16 or bfloat16", _name(q.dtype), "cast it")
-    sizes = check_caches(op, call.k_cache, call.v_cache, call.layout, q)
+    _check_query(op, q)
+    sizes = check_caches(op, call.k_cache, call.v_cache, call.layout, q, call.value_dim)
     check_scales(op, call.k_cache, call.k_scale, call.v_scale)
     rows, heads, head_dim = q.shape
     if head_dim != sizes.head_dim:
@@ -43,10 +48,10 @@ def check_attention(call: PagedCall, op: str = "paged_attention") -> None:
             op, "k, v", "both new keys and new values, or neither", "no k" if call.k is None else "no v",
             "pass both, or None for both where they are in the caches already",
         )  # fmt: skip
-    for name, t in (("k", call.k), ("v", call.v)):
+    for name, t, elements in (("k", call.k, head_dim), ("v", call.v, call.out_dim)):
         if t is not None:
             remedy = "one row for each of q's, one head for each of the caches'"
-            _tensor(op, name, t, (q.dtype,), (rows, sizes.kv_heads, head_dim), q, remedy)
+            _tensor(op, name, t, (q.dtype,), (rows, sizes.kv_heads, elements), q, remedy)
     check_lengths(op, call.cu_seqlens_q, call.context_lens, call.valid_lens, q)
     check_request_values(op, call.mode, call.prefix_hole, call.request_values, call.context_lens)
     _tensor(
@@ -61,6 +66,43 @@ def check_attention(call: PagedCall, op: str = "paged_attention") -> None:
             fail(op, name, "a finite number, at least 0", f"{number}", f"pass another {name}")
     if call.schedule is not None:
         _tensor(op, "schedule", call.schedule, (torch.int32,), (None,), q, "pass what paged_schedule returned")
+
+
+def check_latents(op: str, q: Tensor, latent: Tensor | None, latent_cache: Tensor, value_dim: int) -> None:
+    """Raise ValueError where these are no operands of attention over latents."""
+    _check_query(op, q)
+    _check_latent_cache(op, latent_cache, q, "q")
+    width = latent_cache.shape[2]
+    if q.shape[2] != width:
+        remedy = "project queries into the latent space, rotary elements behind the others"
+        fail(op, "q", f"the cache's latent size, {width}", f"{q.shape[2]}", remedy)
+    _check_latent_dims(op, width, value_dim, q.is_cuda)
+    if latent is not None:
+        remedy = "one row for each of q's: the one latent that all heads share"
+        _tensor(op, "latent", latent, (q.dtype,), (q.shape[0], width), q, remedy)
+
+
+def check_latent_store(latent: Tensor, latent_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Raise ValueError where a call of ``store_latent_cache`` is not one that every path could do."""
+    op = "store_latent_cache"
+    if latent.dim() != 2:
+        remedy = "pass the one latent of each token, which has no heads"
+        fail(op, "latent", "2 dimensions [T, D]", f"shape {list(latent.shape)}", remedy)
+    if latent.dtype not in QUERY_DTYPES:
+        fail(op, "latent", "float32, float16 or bfloat16", _name(latent.dtype), "cast it")
+    _check_latent_cache(op, latent_cache, latent, "latent")
+    width = latent_cache.shape[2]
+    if latent.shape[1] != width:
+        fail(op, "latent", f"the cache's latent size, {width}", f"{latent.shape[1]}", "make a cache for this size")
+    least, most = VALUE_DIMS[0] + ROTARY_DIMS[0], VALUE_DIMS[1] + ROTARY_DIMS[1]
+    if not least <= width <= most:
+        remedy = "a latent holds its value first, then what is rotated"
+        fail(op, "latent size", f"{least} to {most}", f"{width}", remedy)
+    if latent.is_cuda and width % CUDA_LATENT_STEP != 0:
+        expected, remedy = f"a multiple of {CUDA_LATENT_STEP} on CUDA", "pad the projections with zeros, or use a CPU"
+        fail(op, "latent size", expected, f"{width}", remedy)
+    remedy = "one slot a row of latent, -1 for none"
+    _tensor(op, "slot_mapping", slot_mapping, (torch.int64,), (latent.shape[0],), latent, remedy)
 
 
 def check_store(
@@ -106,6 +148,7 @@ def check_schedule(
     layout: str,
     impl: str,
     shape_class: str,
+    value_dim: int | None,
 ) -> None:
     """Raise ValueError where a call of ``paged_schedule`` describes no attention that could follow."""
     op = "paged_schedule"
@@ -115,12 +158,20 @@ def check_schedule(
     check_request_values(op, mode, prefix_hole, request_values, context_lens)
     if num_tokens < 0:
         fail(op, "num_tokens", "at least 0", f"{num_tokens}", "pass the rows of q, padding included")
-    _check_sizes(op, CacheSizes(1, page_size, num_kv_heads, head_dim), context_lens.is_cuda)
+    _check_sizes(op, CacheSizes(1, page_size, num_kv_heads, head_dim), context_lens.is_cuda, value_dim)
     if num_heads < 1 or num_heads % num_kv_heads != 0:
         remedy = "each KV head serves Hq / Hkv query heads"
         fail(op, "num_heads", f"a multiple of num_kv_heads, {num_kv_heads}", f"{num_heads}", remedy)
     if dtype not in QUERY_DTYPES:
         fail(op, "dtype", "float32, float16 or bfloat16", _name(dtype), "pass q's dtype")
+    if value_dim is not None:
+        if num_kv_heads != 1:
+            fail(op, "num_kv_heads", "1 with a value_dim", f"{num_kv_heads}", "all heads share a latent")
+        if layout != "unified":
+            fail(op, "layout", "'unified' with a value_dim", repr(layout), "latents lie in one piece each")
+        if cache_dtype != dtype:
+            remedy = "keep latents in q's dtype"
+            fail(op, "cache_dtype", f"{_name(dtype)} with a value_dim", _name(cache_dtype), remedy)
     if cache_dtype not in (dtype, FP8):
         fail(op, "cache_dtype", f"{_name(dtype)} or {_name(FP8)}", _name(cache_dtype), "pass the caches' dtype")
 
@@ -139,8 +190,13 @@ def check_names(op: str, mode: str, block_size: int, window: int, impl: str, sha
         fail(op, "window", "at least 0", f"{window}", "it counts keys, the query's own included; 0 means no window")
 
 
-def check_caches(op: str, k_cache: Tensor, v_cache: Tensor, layout: str, like: Tensor) -> CacheSizes:
-    """The sizes of the caches, whose dtype is ``like``'s (q, or k of a store) or fp8."""
+def check_caches(
+    op: str, k_cache: Tensor, v_cache: Tensor, layout: str, like: Tensor, value_dim: int | None = None
+) -> CacheSizes:
+    """The sizes of the caches, whose dtype is ``like``'s (q, or k of a store) or fp8.
+
+    ``value_dim``: elements of a value where they are not a key's.
+    """
     _one_of(op, "layout", layout, LAYOUTS)
     chosen = LAYOUTS[layout]
     others = [name for name in LAYOUTS if name != layout]
@@ -156,10 +212,11 @@ def check_caches(op: str, k_cache: Tensor, v_cache: Tensor, layout: str, like: T
     if k_cache.dtype != v_cache.dtype:
         fail(op, "v_cache", f"k_cache's dtype, {_name(k_cache.dtype)}", _name(v_cache.dtype), "give both one dtype")
     sizes = chosen.sizes(k_cache)
-    _check_sizes(op, sizes, like.is_cuda)
+    _check_sizes(op, sizes, like.is_cuda, value_dim)
+    of_values = sizes if value_dim is None else sizes._replace(head_dim=value_dim)
     for name, t, shape, dims in (
         ("k_cache", k_cache, chosen.key_shape(sizes, k_cache.dtype), chosen.key_dims),
-        ("v_cache", v_cache, chosen.value_shape(sizes), chosen.value_dims),
+        ("v_cache", v_cache, chosen.value_shape(of_values), chosen.value_dims),
     ):
         if not _shapes_agree(t, shape):
             fail(op, name, f"shape {list(shape)}", f"{list(t.shape)}", f"{layout} caches are {dims}")
@@ -200,16 +257,57 @@ def check_request_values(
         _tensor(op, f"request_values ({name})", t, (torch.int32,), shape, context_lens, "one value a request")
 
 
-def _check_sizes(op: str, sizes: CacheSizes, cuda: bool) -> None:
-    if not PAGE_SIZES[0] <= sizes.page_size <= PAGE_SIZES[1]:
-        fail(op, "page size", f"{PAGE_SIZES[0]} to {PAGE_SIZES[1]}", f"{sizes.page_size}", "make the pages smaller")
+def _check_query(op: str, q: Tensor) -> None:
+    if q.dim() != 3:
+        fail(op, "q", "3 dimensions [T, Hq, D]", f"shape {list(q.shape)}", "split heads with q.view(T, Hq, D)")
+    if q.dtype not in QUERY_DTYPES:
+        fail(op, "q", "float32, float16 or bfloat16", _name(q.dtype), "cast it")
+
+
+def _check_latent_cache(op: str, latent_cache: Tensor, like: Tensor, like_name: str) -> None:
+    name = "latent_cache"
+    if latent_cache.dim() != 3:
+        remedy = "all heads share one latent a token"
+        fail(op, name, "3 dimensions [pages, page_size, D]", f"shape {list(latent_cache.shape)}", remedy)
+    if latent_cache.dtype != like.dtype:
+        remedy = f"keep latents in {like_name}'s dtype: there are no 8-bit caches of latents"
+        fail(op, name, f"dtype {_name(like.dtype)}", _name(latent_cache.dtype), remedy)
+    _device(op, name, latent_cache, like)
+    _check_page_size(op, latent_cache.shape[1])
+
+
+def _check_page_size(op: str, page_size: int) -> None:
+    if not PAGE_SIZES[0] <= page_size <= PAGE_SIZES[1]:
+        fail(op, "page size", f"{PAGE_SIZES[0]} to {PAGE_SIZES[1]}", f"{page_size}", "make the pages smaller")
+
+
+def _check_sizes(op: str, sizes: CacheSizes, cuda: bool, value_dim: int | None = None) -> None:
+    _check_page_size(op, sizes.page_size)
     if sizes.kv_heads < 1:
         fail(op, "KV heads", "at least 1", f"{sizes.kv_heads}", "pass caches of at least one KV head")
+    if value_dim is not None:
+        _check_latent_dims(op, sizes.head_dim, value_dim, cuda)
+        return
     if not HEAD_DIMS[0] <= sizes.head_dim <= HEAD_DIMS[1]:
         fail(op, "head dim", f"{HEAD_DIMS[0]} to {HEAD_DIMS[1]}", f"{sizes.head_dim}", "split or pad the heads")
     if cuda and sizes.head_dim % CUDA_HEAD_DIM_STEP != 0:
         expected = f"a multiple of {CUDA_HEAD_DIM_STEP} on CUDA"
         fail(op, "head dim", expected, f"{sizes.head_dim}", "pad the heads, or use a CPU")
+
+
+def _check_latent_dims(op: str, latent_dim: int, value_dim: int, cuda: bool) -> None:
+    """How many elements a latent has, and how many of them are its value."""
+    if not VALUE_DIMS[0] <= value_dim <= VALUE_DIMS[1]:
+        remedy = "values are the first elements of latents"
+        fail(op, "value_dim", f"{VALUE_DIMS[0]} to {VALUE_DIMS[1]}", f"{value_dim}", remedy)
+    rotary = latent_dim - value_dim
+    if not ROTARY_DIMS[0] <= rotary <= ROTARY_DIMS[1]:
+        expected = f"{value_dim} elements of the value and {ROTARY_DIMS[0]} to {ROTARY_DIMS[1]} rotary ones"
+        fail(op, "latent size", expected, f"{latent_dim}", "a latent holds its value first, then what is rotated")
+    for name, elements in (("value_dim", value_dim), ("rotary elements", rotary)):
+        if cuda and elements % CUDA_LATENT_STEP != 0:
+            expected = f"a multiple of {CUDA_LATENT_STEP} on CUDA"
+            fail(op, name, expected, f"{elements}", "pad the projections with zeros, or use a CPU")
 
 
 def _tensor(

@@ -4,20 +4,24 @@ Attention takes one request after the other. Its lengths are read on the host, w
 of the keys that its rows see are gathered once (no other page id is looked at), the new keys appended from k and v
 where those are given, and the rows go through torch's CPU flash kernel in chunks cut to the keys that they see, as
 those of the dense forms do (``custom_ops/cpu.py``). Two things are added around it: sinks, which only rescale a row by
-its log-sum-exp, and explicit scores in fp32 for the softcap and for decode steps in 16-bit dtypes. fp8 caches are
-dequantised, and computed in fp32.
+its log-sum-exp, and explicit scores in fp32 for the softcap, for decode steps in 16-bit dtypes and for latents. fp8
+caches are dequantised, and computed in fp32.
+
+A latent is never copied a head: the rows of all heads are rows of one product with the latents, of which values are a
+view. The flash kernel takes no values narrower than keys, and packs keys and values for every query head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from custom_ops.checks import fail
-from custom_ops.cpu import attend, chunk_size
+from custom_ops.cpu import CHUNK, CHUNK_ELEMENTS, attend, attend_explicitly, chunk_size
 from custom_ops.paged.call import PagedCall, empty_outputs
 from custom_ops.paged.layout import FP8, LAYOUTS
 
@@ -38,19 +42,20 @@ class _Request(NamedTuple):
 
 def attention(call: PagedCall) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``torch.ops.lowered_attn.paged_attention`` for CPU tensors."""
-    out, lse = empty_outputs(call.q)
+    out, lse = empty_outputs(call)
     out.zero_()
     lse.fill_(-math.inf)
-    dtype = torch.float32 if call.k_cache.dtype == FP8 else call.q.dtype
+    # Latents are computed explicitly, in fp32: converted here once, not in every chunk.
+    dtype = torch.float32 if call.k_cache.dtype == FP8 or call.latent else call.q.dtype
     for request in _requests(call):
         first, end = request.context, request.context + request.valid
         lo, _, _, hi = _bounds(call, request, first, end - 1)
         if lo >= hi:
             continue
         key, value = _gather(call, request, lo, hi, dtype)
-        elements = (hi - lo) * (call.q.shape[1] if call.softcap else 1)
-        for begin in range(first, end, chunk_size(elements)):
-            stop = min(begin + chunk_size(elements), end)
+        size = _rows_a_chunk(call, hi - lo)
+        for begin in range(first, end, size):
+            stop = min(begin + size, end)
             rows = slice(request.start + begin - first, request.start + stop - first)
             out[rows], lse[rows] = _chunk(call, request, begin, stop, lo, key, value)
     return out, lse
@@ -68,9 +73,7 @@ def store(
 ) -> None:
     """``torch.ops.lowered_attn.store_kv_cache`` for CPU tensors."""
     chosen = LAYOUTS[layout]
-    pages, page_size, _, _ = chosen.sizes(k_cache)
-    (rows,) = ((slot_mapping >= 0) & (slot_mapping < pages * page_size)).nonzero(as_tuple=True)
-    slots = slot_mapping[rows]
+    rows, slots = _rows_to_store(slot_mapping, *chosen.sizes(k_cache)[:2])
     for new, cache, scale, tokens in (
         (k, k_cache, k_scale, chosen.key_tokens),
         (v, v_cache, v_scale, chosen.value_tokens),
@@ -80,7 +83,20 @@ def store(
             # Bytes: torch's index_put_ has no kernel for float8 dtypes on every version.
             kept, cache = quantise(kept, scale).view(torch.uint8), cache.view(torch.uint8)
         view = tokens(cache)
-        view[slots // page_size, slots % page_size] = kept.view(-1, *view.shape[2:])
+        view[slots] = kept.view(-1, *view.shape[2:])
+
+
+def store_latent(latent: Tensor, latent_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``torch.ops.lowered_attn.store_latent_cache`` for CPU tensors."""
+    rows, slots = _rows_to_store(slot_mapping, *latent_cache.shape[:2])
+    latent_cache[slots] = latent[rows]
+
+
+def _rows_to_store(slot_mapping: Tensor, pages: int, page_size: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which rows have a slot in the cache, and the page and the offset of each."""
+    (rows,) = ((slot_mapping >= 0) & (slot_mapping < pages * page_size)).nonzero(as_tuple=True)
+    slots = slot_mapping[rows]
+    return rows, (slots // page_size, slots % page_size)
 
 
 def quantise(t: Tensor, scale: Tensor | None) -> Tensor:
@@ -113,35 +129,46 @@ def _bounds(call: PagedCall, request: _Request, first: int, last: int) -> tuple[
     return call.mask.evaluate_bounds(first, last, request.context + request.valid, {}, None, request.values)
 
 
+def _rows_a_chunk(call: PagedCall, keys: int) -> int:
+    """Queries a chunk, by the largest tensor made of it: scores of all heads, or a mask for the flash kernel."""
+    of_all_heads = keys * call.q.shape[1]
+    if call.latent:  # one query is enough rows for an efficient product: one for each head
+        return max(1, min(CHUNK, CHUNK_ELEMENTS // max(of_all_heads, 1)))
+    return chunk_size(of_all_heads if call.softcap else keys)
+
+
 def _gather(call: PagedCall, request: _Request, lo: int, hi: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values at the positions ``lo <= k < hi``, ``[hi - lo, Hkv, D]`` each."""
+    """Keys ``[hi - lo, Hkv, D]`` and values ``[hi - lo, Hkv, out_dim]`` at the positions ``lo <= k < hi``."""
     sizes, layout = call.cache_sizes, call.cache_layout
     stored_end = min(hi, request.context) if call.direct else hi
     capacity = call.page_tables.shape[1] * sizes.page_size
     if stored_end > capacity:
         fail(
-            "paged_attention", f"page_tables (request {request.number})", f"pages for {stored_end} tokens",
+            call.op, f"page_tables (request {request.number})", f"pages for {stored_end} tokens",
             f"{call.page_tables.shape[1]} pages of {sizes.page_size}", "give page_tables more columns",
         )  # fmt: skip
     first_page = lo // sizes.page_size
     table = call.page_tables[request.number, first_page : -(-stored_end // sizes.page_size)]
     # An id outside the cache is the engine's error, or that of a page that the prefix hole hides: read any page.
     pages = table.clamp(0, max(sizes.pages - 1, 0))
-    found = []
-    for cache, tokens, scale, new in (
-        (call.k_cache, layout.key_tokens, call.k_scale, call.k),
-        (call.v_cache, layout.value_tokens, call.v_scale, call.v),
-    ):
-        parts = []
-        if lo < stored_end:
-            gathered = tokens(cache.index_select(0, pages)).flatten(3).flatten(0, 1)
-            gathered = gathered[lo - first_page * sizes.page_size : stored_end - first_page * sizes.page_size].to(dtype)
-            parts.append(gathered if scale is None else gathered * scale.to(dtype))
-        if new is not None and hi > request.context:
-            row = request.start - request.context
-            parts.append(new[row + max(lo, request.context) : row + hi].to(dtype))
-        found.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return found[0], found[1]
+
+    def gathered(cache: Tensor, tokens: Callable[[Tensor], Tensor], scale: Tensor | None, new: Tensor | None) -> Tensor:
+        found = tokens(cache.index_select(0, pages)).flatten(3).flatten(0, 1)
+        found = found[lo - first_page * sizes.page_size :][: max(stored_end - lo, 0)]
+        if new is None or hi <= request.context:
+            return found.to(dtype) if scale is None else found.to(dtype).mul_(scale.to(dtype))
+        whole = found.new_empty((hi - lo, *found.shape[1:]), dtype=dtype)  # filled once: torch.cat would copy again
+        whole[: len(found)] = found
+        if scale is not None:
+            whole[: len(found)] *= scale
+        row = request.start - request.context
+        whole[len(found) :] = new[row + lo + len(found) : row + hi]
+        return whole
+
+    key = gathered(call.k_cache, layout.key_tokens, call.k_scale, call.k)
+    if call.latent:
+        return key, key[..., : call.value_dim]
+    return key, gathered(call.v_cache, layout.value_tokens, call.v_scale, call.v)
 
 
 def _chunk(
@@ -160,13 +187,14 @@ def _chunk(
         visible = call.mask.dense(torch.arange(begin, stop), torch.arange(lo, hi), operands)
         hidden = ~visible[0].any(0)
         if hidden.any():  # what nobody sees may be NaN, and 0 * NaN is NaN
-            key, value = (t.masked_fill(hidden[:, None, None], 0) for t in (key, value))
+            key = key.masked_fill(hidden[:, None, None], 0)
+            value = key[..., : call.value_dim] if call.latent else value.masked_fill(hidden[:, None, None], 0)
     first_row = request.start + begin - request.context
     query = call.q[first_row : first_row + stop - begin].to(key.dtype)
     query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    if call.softcap or (stop - begin <= FEW_ROWS and query.dtype != torch.float32):
-        out, lse = _attend_explicitly(query, key, value, visible, call.score_scale, call.softcap)
+    if call.latent or call.softcap or (stop - begin <= FEW_ROWS and query.dtype != torch.float32):
+        out, lse = attend_explicitly(query, key, value, visible, call.score_scale, call.softcap)
     else:
         out, lse = attend(query, key, value, visible, call.score_scale)
     out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
@@ -176,22 +204,3 @@ def _chunk(
         kept = (lse - with_sink).exp().masked_fill(blind, 0)  # the share of the keys
         out, lse = out.float() * kept[..., None], with_sink
     return out.to(call.q.dtype), lse
-
-
-def _attend_explicitly(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """What ``custom_ops.cpu.attend`` does, for one request, with scores in fp32 and capped where there is a cap."""
-    _, heads, rows, head_dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    grouped = query[0].float().reshape(kv_heads, -1, head_dim)  # a group's heads become rows
-    scores = (grouped @ key[0].float().transpose(1, 2)).mul_(scale)
-    if softcap:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(heads, rows, keys)
-    if visible is not None:
-        scores.masked_fill_(~visible, -math.inf)
-    lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0)[..., None]).exp_()
-    out = weights.view(kv_heads, -1, keys) @ value[0].float()
-    return out.view(1, heads, rows, head_dim), lse[None]

@@ -1,7 +1,7 @@
 """Readable paged attention, one request after the other: the oracle that every kernel is held against.
 
 Nothing here is fast, and lengths are read on the host. ``attn_impl="reference"`` runs it through the op
-``lowered_attn::paged_attention_reference``, which takes what ``paged_attention`` takes.
+``lowered_attn::paged_attention_reference``, which takes what ``paged_attention`` takes; latents have a twin like it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ class RequestRows(NamedTuple):
     query: Tensor
     """``[rows, Hq, D]``."""
     key: Tensor
-    """``[keys, Hq, D]``, position 0 first, repeated for every query head of a group; 0 where no row sees it."""
+    """``[keys, Hq, D]``, position 0 first, the same for every query head of a group; 0 where no row sees it. A view of
+    one head's keys where all heads share them."""
     value: Tensor
+    """``[keys, Hq, out_dim]``, likewise."""
     visible: Tensor
     """bool ``[rows, keys]``."""
 
 
 def reference_paged_attention(
     *arguments: Any, dtype: torch.dtype = torch.float32, **keywords: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """Attention by its definition, computed in ``dtype`` (float32, or float64 as an oracle) on any device.
 
     Takes the arguments of ``torch.ops.lowered_attn.paged_attention``, see ``custom_ops.paged.call.PagedCall``. Returns
@@ -44,8 +46,14 @@ def reference_paged_attention(
     """
     call = PagedCall(*arguments, **keywords)
     check_attention(call, "paged_attention_reference")
-    out = call.q.new_zeros(call.q.shape, dtype=torch.float64 if dtype == torch.float64 else call.q.dtype)
-    lse = call.q.new_full(call.q.shape[:2], float("-inf"), dtype=dtype)
+    return reference_attention_of(call, dtype)
+
+
+def reference_attention_of(call: PagedCall, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """``reference_paged_attention`` of a checked call, be it over keys and values or over latents."""
+    q = call.q
+    out = q.new_zeros((*q.shape[:2], call.out_dim), dtype=torch.float64 if dtype == torch.float64 else q.dtype)
+    lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
     for request in requests(call, dtype):
         scores = torch.einsum("ihd,jhd->hij", request.query, request.key) * call.score_scale
         if call.softcap:
@@ -78,31 +86,31 @@ def requests(call: PagedCall, dtype: torch.dtype) -> Iterator[RequestRows]:
         (visible,) = call.mask.dense(keys[context:], keys, {name: t[r : r + 1].long() for name, t in values.items()})
         key, value = _keys_and_values(call, r, start, context, visible.any(0), dtype)
         rows = slice(start, start + valid)
-        query = call.q[rows].to(dtype)
-        yield RequestRows(r, rows, query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), visible)
+        # Flattening copies only where several KV heads serve several query heads each.
+        key, value = (t[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for t in (key, value))
+        yield RequestRows(r, rows, call.q[rows].to(dtype), key, value, visible)
 
 
 def _keys_and_values(
     call: PagedCall, r: int, start: int, context: int, seen: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``[keys, Hkv, D]`` each: the seen ones from the cache or from k and v, 0 for the others."""
+    """Keys ``[keys, Hkv, D]`` and values ``[keys, Hkv, out_dim]``: the seen ones from the cache or from k and v, 0 for
+    the others."""
     sizes = call.cache_sizes
     (positions,) = seen.nonzero(as_tuple=True)
     new = positions >= context if call.direct else torch.zeros_like(positions, dtype=torch.bool)
     cached = positions[~new]
     pages = call.page_tables[r, cached // sizes.page_size].long()
-    layout = call.cache_layout
-    found = []
-    for tokens, scale, fresh in (
-        (layout.key_tokens(call.k_cache), call.k_scale, call.k),
-        (layout.value_tokens(call.v_cache), call.v_scale, call.v),
-    ):
-        gathered = tokens[pages, cached % sizes.page_size].to(dtype).flatten(2)
-        if scale is not None:
-            gathered = gathered * scale.to(dtype)
-        result = gathered.new_zeros(len(seen), sizes.kv_heads, sizes.head_dim)
-        result[cached] = gathered
+
+    def gathered(tokens: Tensor, scale: Tensor | None, fresh: Tensor | None) -> Tensor:
+        stored = tokens[pages, cached % sizes.page_size].to(dtype).flatten(2)
+        result = stored.new_zeros(len(seen), sizes.kv_heads, sizes.head_dim)
+        result[cached] = stored if scale is None else stored * scale.to(dtype)
         if fresh is not None:
             result[positions[new]] = fresh[start + positions[new] - context].to(dtype)
-        found.append(result)
-    return found[0], found[1]
+        return result
+
+    key = gathered(call.cache_layout.key_tokens(call.k_cache), call.k_scale, call.k)
+    if call.latent:
+        return key, key[..., : call.value_dim]
+    return key, gathered(call.cache_layout.value_tokens(call.v_cache), call.v_scale, call.v)

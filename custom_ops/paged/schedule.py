@@ -54,6 +54,8 @@ class ScheduleCall:
     layout: str = "unified"
     impl: str = "triton_grouped"
     shape_class: str = "auto"
+    value_dim: int | None = None
+    """Elements of a value where the cache holds latents, see ``PagedCall``."""
 
     @classmethod
     def of(cls, call: PagedCall) -> ScheduleCall:
@@ -62,16 +64,19 @@ class ScheduleCall:
         return cls(
             call.cu_seqlens_q, call.context_lens, call.valid_lens, call.request_values,
             num_tokens=call.q.shape[0],
-            num_heads=call.q.shape[1],
-            num_kv_heads=sizes.kv_heads,
-            head_dim=sizes.head_dim,
-            page_size=sizes.page_size,
+            # Kernels are made for these: where shapes are symbolic, guarded on.
+            num_heads=int(call.q.shape[1]),
+            num_kv_heads=int(sizes.kv_heads),
+            head_dim=int(sizes.head_dim),
+            page_size=int(sizes.page_size),
             dtype=call.q.dtype,
             cache_dtype=call.k_cache.dtype,
             direct=call.direct,
             **{
                 name: getattr(call, name)
-                for name in ("mode", "block_size", "window", "prefix_hole", "layout", "impl", "shape_class")
+                for name in (
+                    "mode", "block_size", "window", "prefix_hole", "layout", "impl", "shape_class", "value_dim"
+                )
             },
         )  # fmt: skip
 
@@ -102,7 +107,7 @@ def config_of(call: ScheduleCall) -> PagedConfig:
     against_gluon = unsupported_reasons(
         architecture=architecture(call.device), impl=call.impl, dtype=call.dtype, cache_dtype=call.cache_dtype,
         group=call.num_heads // call.num_kv_heads, head_dim=call.head_dim, page_size=call.page_size,
-        layout=call.layout,
+        layout=call.layout, value_dim=call.value_dim,
     )  # fmt: skip
     return paged_config(
         architecture(call.device),
@@ -118,6 +123,7 @@ def config_of(call: ScheduleCall) -> PagedConfig:
         call.layout,
         gluon=not against_gluon,
         requests=call.requests,
+        value_dim=call.value_dim,
     )
 
 
@@ -128,7 +134,7 @@ def check_schedule_of(call: PagedCall) -> None:
     size = ScheduleCall.of(call).size
     if call.schedule.shape[0] != size:
         fail(
-            "paged_attention", "schedule", f"{size} elements", f"{call.schedule.shape[0]}",
+            call.op, "schedule", f"{size} elements", f"{call.schedule.shape[0]}",
             "pass what paged_schedule returned for the same sizes, dtypes, mode, impl and shape_class",
         )  # fmt: skip
 
@@ -161,7 +167,7 @@ library.define(
     "paged_schedule(Tensor cu_seqlens_q, Tensor context_lens, Tensor? valid_lens, Tensor[] request_values, *, "
     "SymInt num_tokens, int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, "
     "ScalarType cache_dtype, bool direct, str mode='causal', int block_size=1, int window=0, bool prefix_hole=False, "
-    "str layout='unified', str impl='triton_grouped', str shape_class='auto') -> Tensor",
+    "str layout='unified', str impl='triton_grouped', str shape_class='auto', int? value_dim=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.impl("paged_schedule", _on_cpu, "CPU")

@@ -10,6 +10,7 @@ No slot may come twice in one call: which row would win is not defined. Gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,28 @@ from custom_ops.form import NAMESPACE
 from custom_ops.op import library
 from custom_ops.paged.checks import check_store
 
-library.define(
-    "store_kv_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
-    "Tensor? k_scale=None, Tensor? v_scale=None, *, str layout='unified') -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_ARGUMENTS = (
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor? k_scale=None, "
+    "Tensor? v_scale=None, *, str layout='unified')"
 )
+
+
+def register_store(
+    name: str, arguments: str, on_cpu: Callable[..., None], on_cuda: Callable[..., None], fake: Callable[..., None]
+) -> None:
+    """Define ``torch.ops.lowered_attn.<name>``, which writes into caches; ``arguments``: the schema's."""
+
+    def below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any, **keywords: Any) -> None:
+        """Store without recording: a cache that required grad would keep every step's graph alive."""
+        with torch._C._AutoDispatchBelowAutograd():
+            below = keys & torch._C._after_autograd_keyset
+            getattr(torch.ops.lowered_attn, name).default.redispatch(below, *arguments, **keywords)
+
+    library.define(f"{name}{arguments} -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, below_autograd, "Autograd", with_keyset=True)
+    library.impl(name, on_cpu, "CPU")
+    library.impl(name, on_cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
 def _on_cpu(
@@ -56,14 +74,4 @@ def _fake(
     check_store(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, layout)
 
 
-def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any, **keywords: Any) -> None:
-    """Store without recording: a cache that required grad would keep every step's graph alive."""
-    with torch._C._AutoDispatchBelowAutograd():
-        below = keys & torch._C._after_autograd_keyset
-        torch.ops.lowered_attn.store_kv_cache.default.redispatch(below, *arguments, **keywords)
-
-
-library.impl("store_kv_cache", _below_autograd, "Autograd", with_keyset=True)
-library.impl("store_kv_cache", _on_cpu, "CPU")
-library.impl("store_kv_cache", _on_cuda, "CUDA")
-torch.library.register_fake(f"{NAMESPACE}::store_kv_cache", _fake, lib=library)
+register_store("store_kv_cache", _ARGUMENTS, _on_cpu, _on_cuda, _fake)

@@ -42,8 +42,8 @@ MODES = ("causal", "plain", "block_causal", "prefix_full", "prefix_causal", "cac
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(q: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(q))
+    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
+        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
 
     monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
 
