@@ -45,8 +45,8 @@ CASES = (
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     from custom_ops.kernels import paged_launch
 
-    def poisoned(q: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(q))
+    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
+        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
 
     monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
 

@@ -71,12 +71,10 @@ def product_with_keys(q, k_tiles, k_full, filled, S: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(
-    scores, row_max, sums, key, end, keys, visible, scale, tanh_scale, S: gl.constexpr, VISIBLE: gl.constexpr
-):
-    """Online softmax of the tile whose keys begin at ``key``, of a source whose keys stop before ``end``.
+def seen_scores(scores, key, end, keys, visible, tanh_scale, S: gl.constexpr, VISIBLE: gl.constexpr):
+    """Scores, capped, of the tile whose keys begin at ``key``, of a source whose keys stop before ``end``.
 
-    Returns ``p, row_max, sums`` and the factor of what was summed before.
+    -inf where a row does not see a key.
     """
     if S.softcap:
         # tanh by exponentials: tanh.approx errs by 5e-4, which a cap of 50 makes 0.02.
@@ -90,6 +88,15 @@ def softmax_step(
         if not S.exact:
             keep = keep & VISIBLE(visible.position[:, None], at, keys.operands())
         scores = gl.where(keep, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def softmax_step(
+    scores, row_max, sums, key, end, keys, visible, scale, tanh_scale, S: gl.constexpr, VISIBLE: gl.constexpr
+):
+    """Online softmax of a tile, see ``seen_scores``: ``p, row_max, sums``, the factor of what was summed before."""
+    scores = seen_scores(scores, key, end, keys, visible, tanh_scale, S, VISIBLE)
     highest = gl.maximum(row_max, gl.max(scores, 1) * scale)
     p = gl.exp2(scores * scale - highest[:, None])
     kept = gl.exp2(row_max - highest)
@@ -107,8 +114,10 @@ def seen_by_any(key, keys, rows, S: gl.constexpr, VISIBLE: gl.constexpr):
 
 
 @gluon.jit
-def clear_unseen_values(v_chunks, stage, key, end, keys, rows, S: gl.constexpr, VISIBLE: gl.constexpr):
+def clear_unseen_values(v_chunks, piece, key, end, keys, rows, S: gl.constexpr, VISIBLE: gl.constexpr):
     """Zeroes the rows of V that no row of the row tile sees, in the tile whose keys begin at ``key``.
+
+    From ``piece`` of shared memory on, as far as this consumer multiplies with them.
 
     Such keys may be padded tokens, slots that were never filled, or a neighbour's: their V may be NaN, and 0 * NaN is
     NaN. The mask hides them at both ends of the keys, an inexact one anywhere. Boxes without a key are zeros already:
@@ -119,21 +128,22 @@ def clear_unseen_values(v_chunks, stage, key, end, keys, rows, S: gl.constexpr, 
             ends_at = end - key
             box_end = (ends_at + S.box_keys - 1) // S.box_keys * S.box_keys
             if box_end > ends_at:
-                clear_chunks(v_chunks, stage, key, end, keys, rows, ends_at // CLEARED_ROWS, box_end, S, VISIBLE)
+                clear_chunks(v_chunks, piece, key, end, keys, rows, ends_at // CLEARED_ROWS, box_end, S, VISIBLE)
         if key < keys.lower:
             begins_at = keys.lower - key
             box = begins_at // S.box_keys * S.box_keys
             if box < begins_at:
-                clear_chunks(v_chunks, stage, key, end, keys, rows, box // CLEARED_ROWS, begins_at, S, VISIBLE)
+                clear_chunks(v_chunks, piece, key, end, keys, rows, box // CLEARED_ROWS, begins_at, S, VISIBLE)
     else:
-        clear_chunks(v_chunks, stage, key, end, keys, rows, key * 0, key * 0 + S.block_n, S, VISIBLE)
+        clear_chunks(v_chunks, piece, key, end, keys, rows, key * 0, key * 0 + S.block_n, S, VISIBLE)
 
 
 @gluon.jit
-def clear_chunks(v_chunks, stage, key, end, keys, rows, first_chunk, end_row, S: gl.constexpr, VISIBLE: gl.constexpr):
+def clear_chunks(v_chunks, piece, key, end, keys, rows, first_chunk, end_row, S: gl.constexpr, VISIBLE: gl.constexpr):
     """Zeroes unseen rows of V from chunk ``first_chunk`` of the tile to its row ``end_row``."""
     CHUNKS: gl.constexpr = S.block_n // CLEARED_ROWS
-    COLUMNS: gl.constexpr = S.columns
+    COLUMNS: gl.constexpr = S.value_boxes
+    PIECE: gl.constexpr = S.piece_boxes
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for chunk in range(first_chunk, (end_row + CLEARED_ROWS - 1) // CLEARED_ROWS):
         at = key + chunk * CLEARED_ROWS + gl.arange(0, CLEARED_ROWS, layout=gl.SliceLayout(1, LAYOUT))
@@ -141,7 +151,8 @@ def clear_chunks(v_chunks, stage, key, end, keys, rows, first_chunk, end_row, S:
         if not S.exact:
             seen = seen & seen_by_any(at, keys, rows, S, VISIBLE)
         for j in gl.static_range(COLUMNS):
-            values = v_chunks.index((stage * COLUMNS + j) * CHUNKS + chunk)
+            box = (piece + j // PIECE * S.consumers) * PIECE + j % PIECE
+            values = v_chunks.index(box * CHUNKS + chunk)
             old = values.load(LAYOUT)
             values.store(gl.where(seen[:, None], old, gl.zeros_like(old)))
     # wgmma reads shared memory by another path than the stores took: each thread fences its own, then all meet.
@@ -301,7 +312,7 @@ def consumer(
         _entry, head, first, _last, whole = schedule.item(x, end, entry, step, S)
         rows = rows_of_entry(schedule, entry, S)
         if whole:
-            factor = results.finish(row_max, row_sum, rows, CONSUMER * 64 + row, head, S)
+            factor = results.finish(row_max, row_sum, rows, CONSUMER * 64 + row, head, True, S)
             acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUTS))[:, None]
             results.write(acc, rows, CONSUMER * 64 + output_row, column, head, S)
         else:

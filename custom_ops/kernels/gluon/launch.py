@@ -21,7 +21,7 @@ ALIGNMENT = 16
 
 
 def attention(call: PagedCall, schedule: Tensor, config: PagedConfig, out: Tensor, lse: Tensor) -> None:
-    """Fills ``out`` ``[T, Hq, D]`` and ``lse`` ``[T, Hq]``, both contiguous.
+    """Fills ``out`` ``[T, Hq, out_dim]`` and ``lse`` ``[T, Hq]``, both contiguous.
 
     ``call`` is one that ``unsupported_reasons`` finds nothing against, ``schedule`` was made under ``config``. Raises
     ValueError where the strides of the caches are none that the kernel can take.
@@ -35,17 +35,20 @@ def attention(call: PagedCall, schedule: Tensor, config: PagedConfig, out: Tenso
     queries = TensorDescriptor(
         q, list(q.shape), list(q.stride()), [shape.consumer_tokens, shape.padded_group, BOX_COLUMNS], _swizzled()
     )
-    caches = [_pages(cache, shape) for cache in (call.k_cache, call.v_cache)]
+    caches = [_pages(cache, shape) for cache in _keys_and_values(call, call.k_cache, call.v_cache)]
     new = caches
     if call.k is not None and call.v is not None:
-        new = [_pages(t[None] if _heads_together(t) else t.contiguous()[None], shape) for t in (call.k, call.v)]
+        new_keys_and_values = _keys_and_values(call, call.k, call.v)
+        new = [_pages(t[None] if _heads_together(t) else t.contiguous()[None], shape) for t in new_keys_and_values]
     pages = unit_last_stride(call.page_tables)
-    scratch = torch.empty(scratch_size(shape, config.programs), dtype=torch.float32, device=q.device)
+    programs = config.programs * config.head_blocks
+    scratch = torch.empty(scratch_size(shape, programs), dtype=torch.float32, device=q.device)
     # Never 0: 0 * -inf, a hidden score, is NaN.
     to_base_2 = max(LOG2_E * (call.softcap if shape.softcap else call.score_scale), 1e-30)
     tanh_scale = 2 * LOG2_E * call.score_scale / call.softcap if shape.softcap else 0.0
-    paged_attention_kernel[(config.programs,)](
+    paged_attention_kernel[(programs,)](
         queries, *caches, *new, pages, pages.stride(0), pages.shape[1],
+        (call.requests - 1) * pages.stride(0) + pages.shape[1] if call.requests else 0,
         schedule, layout.entries_at, layout.programs_at,
         out, lse, lse if call.sinks is None else call.sinks, scratch, to_base_2, tanh_scale,
         S=shape, RANGE=functions.range, VISIBLE=functions.visible,
@@ -56,15 +59,21 @@ def attention(call: PagedCall, schedule: Tensor, config: PagedConfig, out: Tenso
 
 def scratch_size(shape: KernelShape, programs: int) -> int:
     """Elements of fp32 scratch: two parts a program, and two statistics for each of their rows."""
-    return 2 * programs * shape.consumers * CONSUMER_ROWS * (shape.head_dim + 2)
+    return 2 * programs * shape.consumers * CONSUMER_ROWS * (shape.value_columns + 2)
+
+
+def _keys_and_values(call: PagedCall, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What is copied from: latents once for both."""
+    return (keys, keys) if call.latent else (keys, values)
 
 
 def _check(call: PagedCall) -> None:
     portable = "pass impl='triton_portable'"
-    for name, cache in (("k_cache", call.k_cache), ("v_cache", call.v_cache)):
+    names = ("latent_cache",) if call.latent else ("k_cache", "v_cache")
+    for name, cache in zip(names, (call.k_cache, call.v_cache), strict=False):
         if not _heads_together(cache):
             got = f"strides {tuple(cache.stride())} at address {cache.data_ptr():#x}"
-            fail("paged_attention", name, f"a token's heads without gaps, aligned to {ALIGNMENT} bytes", got, portable)
+            fail(call.op, name, f"a token's heads without gaps, aligned to {ALIGNMENT} bytes", got, portable)
 
 
 def _can_copy(t: Tensor) -> bool:

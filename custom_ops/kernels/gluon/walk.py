@@ -6,6 +6,8 @@ ways, decided on the device for each step:
     ranges  program p computes units ``x`` to ``end``; items at both ends may be shared with its neighbours
     dealt   items stay whole; program p takes items p, 2P - 1 - p, 2P + p, ... of entries sorted longest first, so
             that equal loads need no cuts and the row tiles of one request run side by side and share L2
+
+A program of the schedule is as many of the grid as a KV head's query heads have blocks.
 """
 
 from triton.experimental import gluon
@@ -44,7 +46,7 @@ def anew(x):
 
 
 @gluon.jit
-def program_of(S: gl.constexpr):
+def grid_program(S: gl.constexpr):
     """``gl.program_id(0)``"""
     if S.anew:
         return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, is_pure=False, pack=1)
@@ -53,12 +55,33 @@ def program_of(S: gl.constexpr):
 
 
 @gluon.jit
-def programs_of(S: gl.constexpr):
+def grid_size(S: gl.constexpr):
     """``gl.num_programs(0)``"""
     if S.anew:
         return gl.inline_asm_elementwise("mov.u32 $0, %nctaid.x;", "=r", [], gl.int32, is_pure=False, pack=1)
     else:
         return gl.num_programs(0)
+
+
+@gluon.jit
+def program_of(S: gl.constexpr):
+    """Which of the schedule's programs this is. One stands for a program a block of heads, side by side in the grid."""
+    return grid_program(S) // S.head_blocks
+
+
+@gluon.jit
+def programs_of(S: gl.constexpr):
+    """How many programs the schedule knows."""
+    return grid_size(S) // S.head_blocks
+
+
+@gluon.jit
+def block_of(S: gl.constexpr):
+    """This program's block of a KV head's query heads."""
+    if S.head_blocks == 1:
+        return 0
+    else:
+        return grid_program(S) % S.head_blocks
 
 
 @aggregate
