@@ -7,7 +7,7 @@ Nothing else in the project imports ``torch._inductor`` or ``torch._dynamo``, ex
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -22,8 +22,10 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 __all__ = [
+    "VIEWS",
     "CustomGraphPass",
     "FloorDiv",
+    "MaskedStore",
     "ModularIndexing",
     "SymbolicGridFn",
     "TritonTemplate",
@@ -58,6 +60,14 @@ __all__ = [
 ]
 
 register_lowering = lowering.register_lowering
+
+VIEWS = tuple(
+    getattr(packet, overload)
+    for packet in (torch.ops.aten.view, torch.ops.aten.reshape, torch.ops.aten.squeeze, torch.ops.aten.unsqueeze)
+    for overload in ("default", "dim", "dims")
+    if overload in packet.overloads()
+)
+"""Views in a functional graph that keep the order of elements: one of the same shape is the same tensor."""
 
 
 def mode_options(mode: str) -> dict[str, Any]:
@@ -126,29 +136,45 @@ def size_hint(value: Any) -> int:
     return int(V.graph.sizevars.optimization_hint(value))
 
 
-class _MaskedScatter(ir.Scatter):
-    """A scatter that stores only where ``is_valid(index)``.
+class MaskedStore(NamedTuple):
+    """``target[place(index)] = value(index)`` where ``is_valid(index)``."""
 
-    The store itself runs inside ``ops.masked``, which adds the condition to the masks of all loads and stores in it.
+    value: Callable[[Any], Any]
+    place: Callable[[Any], list[Any]]
+    is_valid: Callable[[Any], Any]
+
+
+class _MaskedScatter(ir.Scatter):
+    """A scatter of several stores, each of which happens only where its ``is_valid(index)``.
+
+    A store runs inside ``ops.masked``, which adds the condition to the masks of all loads and stores in it.
     """
 
     def store_output(self, output_name: str | None, indexer: Any, vars: Sequence[Any]) -> Any:
-        index = indexer(self.output_indexer(vars))
+        name = output_name or "unnamed"
+        for one in self.stores:  # type: ignore[attr-defined]
 
-        def store() -> Any:
-            ops.store(output_name or "unnamed", index, self.inner_fn(vars))
-            return ops.constant(0, torch.int32)
+            def store(one: MaskedStore = one) -> Any:
+                ops.store(name, indexer(one.place(vars)), one.value(vars))
+                return ops.constant(0, torch.int32)
 
-        return ops.masked(self.is_valid(vars), store, 0)  # type: ignore[attr-defined]
+            ops.masked(one.is_valid(vars), store, 0)
 
 
-def masked_scatter(target: Any, size: Sequence[Any], value: Any, place: Any, is_valid: Any) -> None:
-    """``target[place(index)] = value(index)`` in place for every index of ``size`` where ``is_valid(index)``."""
-    device = target.get_device()
+def masked_scatter(target: Any, size: Sequence[Any], *stores: MaskedStore) -> None:
+    """Do ``stores`` into ``target`` for every index of ``size``, in place and in one node of the graph.
+
+    Two nodes that write one buffer are never fused. What ``stores`` read is read by the one node.
+    """
+
+    def values(index: Any) -> Any:
+        return [one.value(index) for one in stores][-1]
+
     scatter = _MaskedScatter(
-        device=device, dtype=target.get_dtype(), inner_fn=value, ranges=list(size), output_indexer=place
-    )
-    object.__setattr__(scatter, "is_valid", is_valid)
+        device=target.get_device(), dtype=target.get_dtype(), inner_fn=values, ranges=list(size),
+        output_indexer=stores[0].place,
+    )  # fmt: skip
+    object.__setattr__(scatter, "stores", stores)
     buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(target), data=scatter)
     buffer.name = V.graph.register_buffer(buffer)
     V.graph.register_operation(buffer)

@@ -9,12 +9,14 @@ import torch
 
 from inductor_passes import LIBRARY_OPTION, compat, store
 from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
-from inductor_passes.graph_pass import Chain
+from inductor_passes.graph_pass import Chain, GraphPass
 from inductor_passes.group import GroupForms
 from inductor_passes.library import PreferLibrary
 from inductor_passes.paged_lowering import PreferPortable
 from inductor_passes.separate_caches import SeparateCaches
+from inductor_passes.share_angles import ShareAngles
 from inductor_passes.share_schedule import ShareSchedule
+from inductor_passes.store_pieces import StorePieces
 
 HOOK = "post_grad_custom_pre_pass"
 """Where form ops are grouped: after autograd and decompositions, before Inductor's own post-grad passes."""
@@ -33,7 +35,7 @@ def compile_with_passes(
     One option is our own: ``library_kernels`` (True by default); False keeps every form and every paged call on our
     templates, which Inductor can fuse into, also where another kernel was measured faster. A pass that the user has in
     the same hook, through ``options`` or Inductor's config, runs after ours. A graph that reads or writes a KV cache
-    starts from ``compat.serving_options``, which ``mode`` and ``options`` override.
+    starts from ``compat.serving_options``, which ``mode`` and ``options`` override, and computes RoPE's angles once.
     """
     if keywords:
         raise TypeError(f"backend 'lowered_attn': expected mode and options, got also {sorted(keywords)}; remove them")
@@ -41,11 +43,14 @@ def compile_with_passes(
     if mode is not None and mode != "default":
         patches.update(compat.mode_options(mode))
     patches.update({name.replace("-", "_"): value for name, value in (options or {}).items()})
-    if serves(gm):
+    serving = serves(gm)
+    if serving:
         store.check_caches(gm)
         patches = {**compat.serving_options(), **patches}
     prefer = PreferLibrary() if patches.pop(LIBRARY_OPTION, True) else PreferPortable()
-    ours = [prefer, SeparateCaches(), ShareSchedule(), GroupForms()]
+    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), GroupForms()]
+    if serving:
+        ours.append(ShareAngles())
     users = patches.get(HOOK, getattr(compat.config, HOOK))
     users_passes = list(users) if isinstance(users, (list, tuple)) else [users] if users is not None else []
     patches[HOOK] = Chain(*ours, *users_passes)
@@ -55,5 +60,5 @@ def compile_with_passes(
 def serves(gm: torch.fx.GraphModule) -> bool:
     """Whether a graph as Dynamo made it reads or writes a KV cache."""
     ops = torch.ops.lowered_attn
-    packets = (ops.store_kv_cache, ops.paged_attention)
+    packets = (ops.store_kv_cache, ops.store_latent_cache, ops.paged_attention, ops.paged_latent_attention)
     return bool(compat.calls_of(gm, {*packets, *(packet.default for packet in packets)}))

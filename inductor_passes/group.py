@@ -70,7 +70,7 @@ def _group(node: torch.fx.Node, form: Form) -> None:
     query, key, value = node.args[:3]
     slots = slots_of(node, form)
     q_example = query.meta["val"]  # type: ignore[union-attr]
-    q_shape, k_shape = q_example.shape, key.meta["val"].shape  # type: ignore[union-attr]
+    q_shape, k_shape, v_shape = (t.meta["val"].shape for t in (query, key, value))  # type: ignore[union-attr]
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = int(q_shape[3]) ** -0.5
@@ -79,9 +79,12 @@ def _group(node: torch.fx.Node, form: Form) -> None:
     node.kwargs = {}
     group = q_shape[1] // k_shape[1]
     heads = f"{group} query head{'' if group == 1 else 's'} each"
+    if v_shape[1] != k_shape[1]:
+        heads += f", which share {v_shape[1]} value head{'' if v_shape[1] == 1 else 's'}"
     decisions.record(
         decisions.Decision(
             "grouped", form.name, node.name, f"grouped_attention over {k_shape[1]} KV heads, {heads}",
-            {"module": module_of(node), "query": tuple(q_shape), "key": tuple(k_shape), "dtype": q_example.dtype},
+            {"module": module_of(node), "query": tuple(q_shape), "key": tuple(k_shape), "value": tuple(v_shape),
+             "dtype": q_example.dtype},
         )
     )  # fmt: skip

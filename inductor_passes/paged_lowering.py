@@ -1,11 +1,13 @@
-"""The lowering of ``lowered_attn::paged_attention``: a template that Inductor fuses into, or the op itself.
+"""The lowering of ``lowered_attn::paged_attention`` and ``paged_latent_attention``: a template that Inductor fuses
+into, or the op itself.
 
 Where the Hopper kernel takes a call, the op is called as it is: nothing fuses into it, and it is faster.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +20,7 @@ from custom_ops.paged.schedule import ScheduleCall, config_of
 from inductor_passes import compat, decisions
 from inductor_passes.graph_pass import GraphPass
 from inductor_passes.group import module_of, output_is_read
-from inductor_passes.share_schedule import ATTENTION, SCHEDULE, bound_arguments
+from inductor_passes.share_schedule import CALLS, SCHEDULE, bound_arguments, call_of
 from inductor_passes.templates import paged_template
 
 
@@ -27,7 +29,7 @@ class PreferPortable(GraphPass):
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
         count = 0
-        for target in (SCHEDULE, ATTENTION):
+        for target in (SCHEDULE, *CALLS):
             for node in graph.find_nodes(op="call_function", target=target):
                 if bound_arguments(node)["impl"] == "triton_grouped":
                     node.update_kwarg("impl", "triton_portable")
@@ -35,18 +37,41 @@ class PreferPortable(GraphPass):
         return count
 
 
-@compat.register_lowering(ATTENTION, type_promotion_kind=None)
-def lower_paged_attention(*arguments: Any, **keywords: Any) -> tuple[Any, Any]:
-    """``(out, lse)`` of one paged op as Inductor IR."""
-    boxes = PagedCall(*arguments, **keywords)
-    example_arguments, example_keywords = compat.example_arguments(compat.current_node())
-    example = PagedCall(*example_arguments, **example_keywords)
+class _Boxes(NamedTuple):
+    """What a kernel reads of a call, in the compiler's graph: of either op, by the names of ``PagedCall``."""
+
+    q: Any
+    k: Any
+    k_cache: Any
+    page_tables: Any
+    schedule: Any
+    v: Any = None
+    v_cache: Any = None
+    sinks: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+KEYS_OF = {"latent": "k", "latent_cache": "k_cache"}
+"""A latent is the key of its token, and its value is in it."""
+
+
+def _lower_attention(target: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+    """``(out, lse)`` of one call of a paged op as Inductor IR."""
+    example = call_of(compat.current_node())
     reasons = _against_template(example)
     if reasons:
         _record(example, f"the op itself: {'; '.join(reasons)}", kernel="op")
-        out, lse = compat.fallback(ATTENTION)(*arguments, **keywords)
+        out, lse = compat.fallback(target)(*arguments, **keywords)
         return out, lse
+    named = dict(zip((a.name for a in target._schema.arguments), arguments, strict=False)) | keywords
+    named = {KEYS_OF.get(name, name): box for name, box in named.items()}
+    boxes = _Boxes(**{name: box for name, box in named.items() if name in _Boxes._fields})
     return _lower_to_template(boxes, example, config_of(ScheduleCall.of(example)))
+
+
+for _target in CALLS:
+    compat.register_lowering(_target, type_promotion_kind=None)(functools.partial(_lower_attention, _target))
 
 
 def _against_template(call: PagedCall) -> list[str]:
@@ -59,8 +84,8 @@ def _against_template(call: PagedCall) -> list[str]:
     reasons = []
     if call.schedule is None:
         reasons.append("it has no schedule, and makes its own")
-    if call.layout not in paged_template.STRIDES:
-        reasons.append(f"layout {call.layout!r} is not one of {', '.join(paged_template.STRIDES)}")
+    if _cache_kind(call) not in paged_template.STRIDES:
+        reasons.append(f"there is no template for layout {call.layout!r}")
     if call.k_cache.dtype == FP8 and architecture(call.q.device) < FP8_ARCHITECTURE:
         reasons.append(f"Triton reads float8_e4m3fn from sm_{FP8_ARCHITECTURE} on")
     if call.k_cache.stride(-1) != 1 or (call.layout == "unified" and call.v_cache.stride(-1) != 1):
@@ -70,41 +95,48 @@ def _against_template(call: PagedCall) -> list[str]:
     return reasons
 
 
+def _cache_kind(call: PagedCall) -> str:
+    """What the template calls the caches: by their layout, which latents have none of."""
+    return "latent" if call.latent else call.layout
+
+
 def _record(call: PagedCall, detail: str, **facts: object) -> None:
     node = compat.current_node()
     facts = {"module": module_of(node), "mode": call.mode, "impl": call.impl, **facts}
-    decisions.record(decisions.Decision("lowered", "paged_attention", node.name, detail, facts))
+    decisions.record(decisions.Decision("lowered", call.op, node.name, detail, facts))
 
 
-def _lower_to_template(boxes: Any, example: PagedCall, config: PagedConfig) -> tuple[Any, Any]:
-    """``boxes`` are the call's arguments in the compiler's graph, ``example`` the same as fake tensors."""
-    device, dtype, size = boxes.q.get_device(), boxes.q.get_dtype(), boxes.q.get_size()
+def _lower_to_template(boxes: _Boxes, example: PagedCall, config: PagedConfig) -> tuple[Any, Any]:
+    """``example`` is the call with fake tensors."""
+    device, dtype = boxes.q.get_device(), boxes.q.get_dtype()
+    size = [*boxes.q.get_size()[:2], example.out_dim]
     constants = attention_constants(example, config)
     writes_lse = output_is_read(compat.current_node(), 1)
-    rows = 2 * config.programs * config.block_m
+    rows = config.scratch_rows
     lse = compat.empty_strided(size[:2], torch.float32, device)
     written = {
-        "PARTS": compat.empty_strided([rows * constants["D_PAD"]], torch.float32, device),
+        "PARTS": compat.empty_strided([rows * constants["DV_PAD"]], torch.float32, device),
         "PART_STATS": compat.empty_strided([2 * rows], torch.float32, device),
         **({"LSE": lse} if writes_lse else {}),
     }
     given = {
         "Q": compat.realize_inputs(boxes.q),
-        "K_CACHE": compat.realized(boxes.k_cache),
-        "V_CACHE": compat.realized(boxes.v_cache),
         "PAGE_TABLES": compat.realize_inputs(boxes.page_tables),
         **written,
     }
+    # Caches stay as they are, whatever their strides.
+    caches = {"K_CACHE": boxes.k_cache, "V_CACHE": boxes.v_cache}
+    given |= {n: compat.realized(t) for n, t in caches.items() if t is not None}
     given |= {n: compat.realize_inputs(t) for n, t in (("K", boxes.k), ("V", boxes.v)) if t is not None}
     whole = {"SCHEDULE": boxes.schedule, "SINKS": boxes.sinks, "K_SCALE": boxes.k_scale, "V_SCALE": boxes.v_scale}
     given |= {n: compat.contiguous(compat.realize_inputs(t)) for n, t in whole.items() if t is not None}
-    if example.direct and constants["SAME_STRIDES"]:
+    if boxes.v is not None and constants["SAME_STRIDES"]:
         # The compiler may lay k and v out in another way than eager code would.
         rows_apart = (given[name].get_stride()[0] for name in ("K", "V"))
         constants["SAME_STRIDES"] = compat.known_true(compat.equal(*rows_apart))
     names = tuple(name for name in paged_template.ARGUMENTS if name in given)
     inputs = [given[name] for name in names]
-    template = paged_template.template_of(example.mask, example.layout, names)
+    template = paged_template.template_of(example.mask, _cache_kind(example), names)
     layout = compat.ir.FixedLayout(device, dtype, size)
     choices: list[Any] = []
     error = template.maybe_append_choice(
@@ -117,8 +149,9 @@ def _lower_to_template(boxes: Any, example: PagedCall, config: PagedConfig) -> t
     if error is not None:
         raise error
     out = compat.select(template.name, choices, inputs, layout)
+    over = f" over latents of {size[2]} + {constants['D'] - size[2]} elements" if example.latent else ""
     _record(
-        example, f"paged Triton template, {config}", kernel="triton_paged", template=template.name,
+        example, f"paged Triton template{over}, {config}", kernel="triton_paged", template=template.name,
         config=str(config), writes_lse=writes_lse,
     )  # fmt: skip
     return out, lse

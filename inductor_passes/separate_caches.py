@@ -1,9 +1,9 @@
 """Caches that lie in one allocation are not copied: each counts as memory of its own where the compiler looks.
 
-Engines often allocate the keys and values of a layer, or of all layers, at once, and give the model slices. Inductor
-writes a mutated input in place unless another one that the op mutates has the same storage: it would copy the value
-cache at every step, and all that shares its storage with it. By then AOTAutograd has replaced inputs that overlap by
-their common base, so two inputs that share a storage lie apart.
+Engines often allocate the keys and values of a layer, or the caches of all layers, at once, and give the model slices.
+Inductor writes a mutated input in place unless another one that the op mutates has the same storage: it would copy the
+value cache at every step, and all that shares its storage with it. By then AOTAutograd has replaced inputs that
+overlap by their common base, so two inputs that share a storage lie apart.
 
 Slices that are not contiguous, such as K and V of one page side by side, it takes for overlapping. They are not copied
 either, but their base is no static input, so Inductor skips CUDA graphs: allocate K and V one after the other.
@@ -19,7 +19,7 @@ from torch.fx.node import Node, map_arg
 from inductor_passes import compat
 from inductor_passes.graph_pass import GraphPass
 
-STORE = torch.ops.lowered_attn.store_kv_cache.default
+STORES = (torch.ops.lowered_attn.store_kv_cache.default, torch.ops.lowered_attn.store_latent_cache.default)
 
 
 class SeparateCaches(GraphPass):
@@ -45,7 +45,7 @@ class SeparateCaches(GraphPass):
 
 
 def _is_store(node: Node) -> bool:
-    return node.args[0] is STORE
+    return node.args[0] in STORES
 
 
 def _tensor(node: Node) -> torch.Tensor | None:

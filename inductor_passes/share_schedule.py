@@ -6,29 +6,33 @@ alone, so one launch serves them all: 36 layers would otherwise launch it 36 tim
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx.node import Node
 
-from custom_ops.paged.layout import LAYOUTS
+from custom_ops.paged.call import PagedCall
+from custom_ops.paged.latent import latent_call
 from custom_ops.paged.masks import MODES
+from custom_ops.paged.schedule import ScheduleCall
+from inductor_passes import compat
 from inductor_passes.graph_pass import GraphPass
 
 SCHEDULE = torch.ops.lowered_attn.paged_schedule.default
 ATTENTION = torch.ops.lowered_attn.paged_attention.default
-SCHEDULE_AT = 10
-"""Position of ``schedule`` among the arguments of ``paged_attention``."""
-SHARED_NAMES = ("mode", "block_size", "window", "prefix_hole", "layout", "impl", "shape_class")
-"""Arguments that both ops have under one name."""
+LATENT_ATTENTION = torch.ops.lowered_attn.paged_latent_attention.default
+CALLS: dict[Any, Callable[..., PagedCall]] = {ATTENTION: PagedCall, LATENT_ATTENTION: latent_call}
+"""Every op that takes a schedule, and what makes a call of its arguments."""
 
 
 class ShareSchedule(GraphPass):
     """Keep the first of several ``paged_schedule`` calls with the same arguments.
 
     Tensors are the same where one node makes them; sizes where they are one number or one symbolic expression;
-    everything else where it is equal. A call of ``paged_attention`` without a schedule makes its own inside, so on CUDA
-    it gets one first.
+    everything else where it is equal. A call of attention without a schedule makes its own inside, so on CUDA it gets
+    one first.
     """
 
     def uuid(self) -> str:
@@ -37,8 +41,9 @@ class ShareSchedule(GraphPass):
         return f"{super().uuid()}:{modes}"
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
-        for node in graph.find_nodes(op="call_function", target=ATTENTION):
-            _give_schedule(node)
+        for target in CALLS:
+            for node in graph.find_nodes(op="call_function", target=target):
+                _give_schedule(node)
         kept: dict[object, Node] = {}
         count = 0
         for node in graph.find_nodes(op="call_function", target=SCHEDULE):
@@ -50,39 +55,31 @@ class ShareSchedule(GraphPass):
         return count
 
 
+def call_of(node: Node) -> PagedCall:
+    """The call that a node of ``CALLS`` describes, with fake tensors."""
+    arguments, keywords = compat.example_arguments(node)
+    return CALLS[node.target](*arguments, **keywords)
+
+
 def _give_schedule(node: Node) -> None:
     """Put a ``paged_schedule`` call before an attention call that has none."""
     bound = bound_arguments(node)
-    q, k_cache, context_lens = (bound[name].meta["val"] for name in ("q", "k_cache", "context_lens"))
-    if bound["schedule"] is not None or not q.is_cuda:
+    if bound["schedule"] is not None or not bound["q"].meta["val"].is_cuda:
         return
-    sizes = LAYOUTS[bound["layout"]].sizes(k_cache)
+    call = ScheduleCall.of(call_of(node))
+    tensors, others = (dataclasses.fields(ScheduleCall)[part] for part in (slice(4), slice(4, None)))
+    names = {field.name: getattr(call, field.name) for field in others}
     graph = node.graph
     with graph.inserting_before(node):
-        tokens = q.shape[0]
-        if isinstance(tokens, torch.SymInt):
-            tokens = graph.call_function(torch.ops.aten.sym_size.int, (bound["q"], 0))
-            tokens.meta["val"] = q.shape[0]
-        made = graph.call_function(
-            SCHEDULE,
-            tuple(bound[name] for name in ("cu_seqlens_q", "context_lens", "valid_lens", "request_values")),
-            {
-                "num_tokens": tokens,
-                "num_heads": int(q.shape[1]),
-                "num_kv_heads": int(sizes.kv_heads),
-                "head_dim": int(sizes.head_dim),
-                "page_size": int(sizes.page_size),
-                "dtype": q.dtype,
-                "cache_dtype": k_cache.dtype,
-                "direct": bound["k"] is not None,
-                **{name: bound[name] for name in SHARED_NAMES},
-            },
-        )
-    with context_lens.fake_mode:
-        arguments, keywords = torch.fx.node.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
-        made.meta["val"] = SCHEDULE(*arguments, **keywords)
-    if len(node.args) > SCHEDULE_AT:
-        node.update_arg(SCHEDULE_AT, made)
+        if isinstance(call.num_tokens, torch.SymInt):
+            names["num_tokens"] = graph.call_function(torch.ops.aten.sym_size.int, (bound["q"], 0))
+            names["num_tokens"].meta["val"] = call.num_tokens
+        made = graph.call_function(SCHEDULE, tuple(bound[field.name] for field in tensors), names)
+    with call.context_lens.fake_mode:  # type: ignore[attr-defined]
+        made.meta["val"] = SCHEDULE(**vars(call))
+    position = [argument.name for argument in node.target._schema.arguments].index("schedule")  # type: ignore[union-attr]
+    if len(node.args) > position:
+        node.update_arg(position, made)
     else:
         node.update_kwarg("schedule", made)
 

@@ -72,6 +72,7 @@ def test_equal_symbolic_sizes_are_one_size() -> None:
         {"cache_dtype": torch.float8_e4m3fn},
         {"impl": "triton"},
         {"shape_class": "decode"},
+        {"num_kv_heads": 1, "value_dim": 32},
     ],
     ids=lambda other: "-".join(other),
 )
@@ -123,6 +124,36 @@ def test_compiled_results_are_eager_ones(windows: tuple[int, ...], removed: int)
     ((_, before, after),) = [graph for graph in log.graphs if graph[0] == "ShareSchedule"]
     count = "torch.ops.lowered_attn.paged_schedule"
     assert before.count(count) - after.count(count) == removed
+
+
+class MixedLayers(torch.nn.Module):
+    """A layer over keys and values between two over latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.regular = Layers((0,))
+        for name in ("first", "last"):
+            self.register_buffer(name, torch.randn(8, PAGE_SIZE, DIM))
+
+    def over_latents(self, cache: Tensor, x: Tensor, pages: Tensor, *lengths: Tensor) -> Tensor:
+        made = schedule(lengths, num_tokens=x.shape[0], num_kv_heads=1, value_dim=48)
+        out, _ = OPS.paged_latent_attention(x, None, cache, *lengths, pages, None, [], made, value_dim=48, scale=0.2)
+        return x + torch.nn.functional.pad(out, (0, DIM - 48))
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        x = self.regular(self.over_latents(self.first, x, *rest), *rest)
+        return self.over_latents(self.last, x, *rest)
+
+
+def test_layers_over_latents_share_one_beside_the_others() -> None:
+    torch.compiler.reset()
+    model, x = MixedLayers(), torch.randn(5, HEADS, DIM)
+    pages = torch.tensor([[1, 5, 9], [2, 0, 7]], dtype=torch.int32) % 8
+    with torch.no_grad(), decisions.recording() as log:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)(x, pages, *LENGTHS)
+        torch.testing.assert_close(compiled, model(x, pages, *LENGTHS), rtol=1e-5, atol=1e-5)
+    ((_, before, after),) = [graph for graph in log.graphs if graph[0] == "ShareSchedule"]
+    assert [text.count("torch.ops.lowered_attn.paged_schedule") for text in (before, after)] == [3, 2]
 
 
 def test_a_mode_of_the_users_own_is_part_of_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:

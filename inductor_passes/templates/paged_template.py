@@ -20,34 +20,36 @@ ARGUMENTS = ("Q", "K", "V", "K_CACHE", "V_CACHE", "PAGE_TABLES", "SCHEDULE", "SI
 """Every tensor a kernel can take, in its order; a template has those that its calls have."""
 
 STRIDES: dict[str, dict[str, tuple[int | None, ...]]] = {
-    # page, token, head and, of K, a piece of a key or, of V, an element: the cache's dimensions that have them.
-    "unified": {"K_CACHE": (0, 1, 2, None), "V_CACHE": (0, 1, 2, 3)},
-    "distinct": {"K_CACHE": (0, 3, 1, 2), "V_CACHE": (0, 3, 1, 2)},
+    # Of new keys and values token and head, of caches page, token, head and, of K, a piece of a key or, of V, an
+    # element: the dimensions that have them.
+    "unified": {"K": (0, 1), "V": (0, 1), "K_CACHE": (0, 1, 2, None), "V_CACHE": (0, 1, 2, 3)},
+    "distinct": {"K": (0, 1), "V": (0, 1), "K_CACHE": (0, 3, 1, 2), "V_CACHE": (0, 3, 1, 2)},
+    "latent": {"K": (0, None), "V": (None,) * 2, "K_CACHE": (0, 1, None, None), "V_CACHE": (None,) * 4},
 }
+"""By layout of the caches, or for caches of latents, which have no heads and no values beside them."""
 
 _FRAME = (pathlib.Path(__file__).parent / "paged_attention.py.jinja").read_text()
 
 
 @SymbolicGridFn
 def _grid(tokens: Any, heads: Any, head_dim: Any, meta: dict) -> tuple:
-    """As many programs as the schedule deals out to, whatever the sizes."""
-    return (meta["PROGRAMS"], 1, 1)
+    """As many programs as the schedule deals out to, for each block of query heads, whatever the sizes."""
+    return (meta["PROGRAMS"] * meta["HEAD_BLOCKS"], 1, 1)
 
 
 @functools.cache
-def template_of(mask: Mask, layout: str, arguments: tuple[str, ...]) -> TritonTemplate:
-    """The template for calls of this mask with these of ``ARGUMENTS``.
+def template_of(mask: Mask, caches: str, arguments: tuple[str, ...]) -> TritonTemplate:
+    """The template for calls of this mask with these of ``ARGUMENTS``. ``caches``: a name in ``STRIDES``.
 
     Template names are global in Inductor, so each is made once.
     """
-    strides = STRIDES[layout]
     replaced = {
         "<ARGUMENTS>": ", ".join(f'"{name}"' for name in arguments),
         "<MASK>": mask.name,
-        "<STRIDE_KC>": _strides("K_CACHE", strides["K_CACHE"]),
-        "<STRIDE_VC>": _strides("V_CACHE", strides["V_CACHE"]),
-        "<STRIDE_K>": _strides("K", (0, 1)) if "K" in arguments else "(0, 0)",
-        "<STRIDE_V>": _strides("V", (0, 1)) if "V" in arguments else "(0, 0)",
+        **{
+            f"<STRIDE_{name.replace('_CACHE', 'C')}>": _strides(name, dims, name in arguments)
+            for name, dims in STRIDES[caches].items()
+        },
         "<ABSENT_OPERANDS>\n": "".join(
             f"    {name} = Q  # not there, never read\n" for name in ARGUMENTS[:-1] if name not in arguments
         ),
@@ -56,12 +58,13 @@ def template_of(mask: Mask, layout: str, arguments: tuple[str, ...]) -> TritonTe
     for mark, text in replaced.items():
         frame = frame.replace(mark, text)
     present = "".join(f"_{name.lower()}" for name in ("K", "SINKS", "K_SCALE", "V_SCALE", "LSE") if name in arguments)
-    name = f"lowered_attn_{mask.name}_{layout}{present}"
+    name = f"lowered_attn_{mask.name}_{caches}{present}"
     return TritonTemplate(name=name, grid=_grid, source=frame + raw(_functions_source(mask)))
 
 
-def _strides(name: str, dims: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("0" if d is None else f'{{{{stride("{name}", {d})}}}}' for d in dims) + ")"
+def _strides(name: str, dims: tuple[int | None, ...], is_there: bool) -> str:
+    """Template text for a tuple of an operand's strides, 0 for dimensions, and operands, that are not there."""
+    return "(" + ", ".join(f'{{{{stride("{name}", {d})}}}}' if is_there and d is not None else "0" for d in dims) + ")"
 
 
 @functools.cache
