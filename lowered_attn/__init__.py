@@ -12,7 +12,10 @@ from lowered_attn.block_diffusion import BlockDiffusionMetaData
 from lowered_attn.config import AttentionConfig
 from lowered_attn.explain import Explanation, explain
 from lowered_attn.factory import make_full_self_block, make_segment_cross, make_sliding_self_block
-from lowered_attn.forms import regular
+from lowered_attn.forms import mla, regular
+from lowered_attn.forms.mla.cache import LatentCache
+from lowered_attn.forms.mla.deepseek import DeepSeekAttention
+from lowered_attn.latent_attention import LatentAttention
 from lowered_attn.metadata import (
     AttnMetaDataBase,
     CausalMetaData,
@@ -30,7 +33,10 @@ __all__ = [
     "AttnMetaDataBase",
     "BlockDiffusionMetaData",
     "CausalMetaData",
+    "DeepSeekAttention",
     "Explanation",
+    "LatentAttention",
+    "LatentCache",
     "UnsupportedBackendError",
     "explain",
     "fetch_attn_metadata",
@@ -38,6 +44,7 @@ __all__ = [
     "make_full_self_block",
     "make_segment_cross",
     "make_sliding_self_block",
+    "mla",
     "reference_torch_attention",
     "regular",
     "reset_warming_up",

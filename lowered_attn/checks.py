@@ -18,6 +18,13 @@ def check_int(where: str, name: str, value: object, minimum: int) -> None:
         fail(where, name, f"an int of at least {minimum}", repr(value), f"pass {minimum} or more")
 
 
+def check_size(where: str, name: str, value: object, limits: tuple[int, int]) -> None:
+    """Raise ValueError unless `value` is an int from the least to the most that attention takes."""
+    check_int(where, name, value, limits[0])
+    if isinstance(value, int) and value > limits[1]:
+        fail(where, name, f"at most {limits[1]}, what attention takes", value, f"pass {limits[1]} or less")
+
+
 def check_tokens(where: str, name: str, x: Tensor, width: int, width_name: str) -> None:
     """Raise ValueError unless x is [B, S, width]."""
     if x.dim() != 3 or x.shape[2] != width:

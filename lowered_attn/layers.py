@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from custom_ops.form import Form
 from custom_ops.masks import OperandValue
 from lowered_attn.backends import get_backend, run_attention
-from lowered_attn.checks import check_int, check_tokens, divide_heads, fail
+from lowered_attn.checks import check_int, check_per_token, check_tokens, divide_heads, fail
 
 # RMSNorm's own default is the dtype's machine epsilon, 0.0078 in bf16, which would change the result with the
 # dtype.
@@ -27,6 +27,11 @@ def apply_rope(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
     `module.to(bfloat16)` would round. Source: Su et al., "RoFormer", https://arxiv.org/abs/2104.09864, in the
     half-split layout of GPT-NeoX and Llama.
     """
+    return torch.cat(turned_halves(x, positions, base), dim=-1)
+
+
+def turned_halves(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> tuple[Tensor, Tensor]:
+    """The halves of `apply_rope`'s result, for who concatenates them with more: Inductor writes a nested cat twice."""
     if x.shape[-1] % 2:
         fail("apply_rope", "head_dim", EVEN, x.shape[-1], "pass an even head_dim")
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -34,7 +39,32 @@ def apply_rope(x: Tensor, positions: Tensor, base: float = ROPE_BASE) -> Tensor:
     angles = (positions[..., None].to(dtype) * base**-exponents).unsqueeze(-2)
     cos, sin = angles.cos(), angles.sin()
     first, second = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return (first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)
+
+
+def turn_and_attend(
+    backend: str,
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Mapping[str, OperandValue],
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+    rope_base: float,
+    scale: float | None = None,
+) -> Tensor:
+    """Turn q and k by RoPE, run `form`, and return [B, Lq, Hq, Dv].
+
+    q [B, Lq, Hq, D], k [B, Lk, Hkv, D], v [B, Lk, Hv, Dv]: token-major, as projections give them, so that heads are
+    split and merged by views. Positions [S] or [B, S], None leaves RoPE out on that side.
+    """
+    if query_positions is not None:
+        q = apply_rope(q, query_positions, rope_base)
+    if key_positions is not None:
+        k = apply_rope(k, key_positions, rope_base)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return run_attention(backend, form, q, k, v, operands, scale).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -116,13 +146,19 @@ class MultiHeadAttention(nn.Module):
         q = self._heads(self.q_proj(q_tokens))
         k = self._heads(self.k_proj(kv_tokens))
         v = self._heads(self.v_proj(kv_tokens))
-        if query_positions is not None:
-            q = apply_rope(q, query_positions, self.rope_base)
-        if key_positions is not None:
-            k = apply_rope(k, key_positions, self.rope_base)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = run_attention(self.backend, self.form, q, k, v, operands)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        positions = (query_positions, key_positions)
+        out = turn_and_attend(self.backend, self.form, q, k, v, operands, *positions, self.rope_base)
+        return self.o_proj(out.flatten(2))
+
+
+def self_head_dim(where: str, d_model: int, n_heads: int, head_dim: int | None) -> int:
+    """Return the head dim of self-attention; None means d_model // n_heads. ValueError on bad sizes."""
+    check_int(where, "d_model", d_model, 1)
+    check_int(where, "n_heads", n_heads, 1)
+    if head_dim is None:
+        return divide_heads(where, "d_model", d_model, n_heads)
+    check_int(where, "head_dim", head_dim, 1)
+    return head_dim
 
 
 def self_attention(
@@ -135,11 +171,7 @@ def self_attention(
     rope_base: float,
 ) -> MultiHeadAttention:
     """Return a block's self-attention; head_dim None means d_model // n_heads. ValueError on bad sizes."""
-    check_int(form.name, "d_model", d_model, 1)
-    check_int(form.name, "n_heads", n_heads, 1)
-    if head_dim is None:
-        head_dim = divide_heads(form.name, "d_model", d_model, n_heads)
-    check_int(form.name, "head_dim", head_dim, 1)
+    head_dim = self_head_dim(form.name, d_model, n_heads, head_dim)
     if head_dim % 2:
         fail(form.name, "head_dim", EVEN, head_dim, "pass an even head_dim, or another n_heads")
     return MultiHeadAttention(form, d_model, d_model, n_heads, n_kv_heads, head_dim, backend, rope_base)
@@ -148,15 +180,13 @@ def self_attention(
 class PreNormBlock(nn.Module):
     """A pre-norm transformer block around self-attention: x + attention(norm(x)), then x + SwiGLU(norm(x)).
 
-    A subclass chooses the attention and its int operands; everything else is here. The SwiGLU is
-    ffn_dim_multiplier * d_model wide.
+    A subclass chooses the attention, a module called as MultiHeadAttention is, and its int operands; everything
+    else is here. The SwiGLU is ffn_dim_multiplier * d_model wide.
     Source of the order: Xiong et al., "On Layer Normalization in the Transformer Architecture",
     https://arxiv.org/abs/2002.04745; of the norm: Zhang and Sennrich, https://arxiv.org/abs/1910.07467.
     """
 
-    def __init__(
-        self, d_model: int, ffn_dim_multiplier: int, attention: MultiHeadAttention, **int_operands: int
-    ) -> None:
+    def __init__(self, d_model: int, ffn_dim_multiplier: int, attention: nn.Module, **int_operands: int) -> None:
         super().__init__()
         check_int(type(self).__name__, "ffn_dim_multiplier", ffn_dim_multiplier, 1)
         self.d_model = d_model
@@ -181,5 +211,97 @@ class PreNormBlock(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)
         normed = self.attention_norm(x)
         operands = {**self.int_operands, "key_padding": key_padding}
-        x = x + self.attention(normed, normed, operands, positions, positions)
+        return self._add(x, self.attention(normed, normed, operands, positions, positions))
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
         return x + self.ffn(self.ffn_norm(x))
+
+
+def cross_head_dim(
+    where: str, q_dim: int, kv_dim: int, d_attn: int, n_heads: int, lookback: int, head_dim: int | None
+) -> int:
+    """Return the head dim of cross-attention, d_attn // n_heads; `head_dim` may repeat it. ValueError on bad sizes."""
+    for name, value in {"q_dim": q_dim, "kv_dim": kv_dim, "d_attn": d_attn, "n_heads": n_heads}.items():
+        check_int(where, name, value, 1)
+    check_int(where, "lookback", lookback, 0)
+    divided = divide_heads(where, "d_attn", d_attn, n_heads)
+    if head_dim not in (None, divided):
+        fail(where, "head_dim", f"d_attn // n_heads = {divided}", head_dim, "leave it out, or change d_attn")
+    return divided
+
+
+class PreNormCross(nn.Module):
+    """Cross-attention from tokens to segments, RMSNorm on both inputs, no residual: what every family's shares.
+
+    A subclass chooses the attention and checks sizes with `cross_head_dim`.
+    """
+
+    def __init__(self, q_dim: int, kv_dim: int, lookback: int, attention: nn.Module) -> None:
+        super().__init__()
+        self.q_dim = q_dim
+        self.kv_dim = kv_dim
+        self.lookback = lookback
+        self.q_norm = nn.RMSNorm(q_dim, eps=NORM_EPS)
+        self.kv_norm = nn.RMSNorm(kv_dim, eps=NORM_EPS)
+        self.attention = attention
+
+    def extra_repr(self) -> str:
+        """Show the lookback."""
+        return f"lookback={self.lookback}"
+
+    def forward(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        *,
+        query_segments: Tensor,
+        key_padding: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        query_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Return [B, Lq, q_dim] for queries q [B, Lq, q_dim] and one key a segment, kv [B, Lk, kv_dim].
+
+        query_segments int [B, Lq]: the segment of each query, an index into kv. key_padding bool [B, Lk],
+        True = hidden. query_positions [B, Lq] and key_positions [B, Lk], in one unit, feed RoPE (which needs
+        an even head dim); without both there is no RoPE, and one without the other is an error. query_padding
+        bool [B, Lq], True = a padded query: its output is exactly 0, and whatever it holds, NaN too, reaches
+        no output and no gradient. ValueError where a shape or dtype does not fit.
+        """
+        self._check(q, kv, query_positions, key_positions, query_padding)
+        q = cleared(q, query_padding)
+        operands = {"query_segments": query_segments, "lookback": self.lookback, "key_padding": key_padding}
+        out = self.attention(self.q_norm(q), self.kv_norm(kv), operands, query_positions, key_positions)
+        return cleared(out, query_padding)
+
+    def _check(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        query_positions: Tensor | None,
+        key_positions: Tensor | None,
+        query_padding: Tensor | None,
+    ) -> None:
+        where = type(self).__name__
+        check_tokens(where, "q", q, self.q_dim, "q_dim")
+        check_tokens(where, "kv", kv, self.kv_dim, "kv_dim")
+        if (query_positions is None) != (key_positions is None):
+            given, missing = ("query_positions", "key_positions")
+            if query_positions is None:
+                given, missing = missing, given
+            fail(where, missing, f"positions, since {given} is given", None, f"pass both, or leave out {given}")
+        if query_positions is not None and key_positions is not None:
+            check_per_token(where, "query_positions", query_positions, q, "q")
+            check_per_token(where, "key_positions", key_positions, kv, "kv")
+        if query_padding is not None:
+            check_per_token(where, "query_padding", query_padding, q, "q")
+
+
+def cleared(tokens: Tensor, padding: Tensor | None) -> Tensor:
+    """`tokens` [B, S, width] with 0 where `padding` bool [B, S] is True; None pads nothing.
+
+    Queries are cleared before attention as well as after: 0 * NaN is NaN in the gradients of the weights. Their
+    segments stay as they are, since a -1 there would widen its whole tile's range of keys.
+    """
+    return tokens if padding is None else tokens.masked_fill(padding.unsqueeze(-1), 0)

@@ -77,6 +77,20 @@ class Engine:
         self.metadata = self.metadata.without_tokens()
 
 
+def diffusion_values(rng: random.Random, new: list[int], lens: list[int]) -> dict[str, Tensor]:
+    """Some requests prefill and some decode; some new tokens are not real."""
+    count = [*new, *[0] * (REQUESTS - len(new))]
+    prefix = [rng.randint(0, n) for n in count]
+    padded = [rng.randint(p, n) for p, n in zip(prefix, count, strict=True)]
+    values = {
+        "valid_lens": [rng.randint(0, n) if r else n for r, n in enumerate(count)],
+        "status": [int(length > 0) for length in lens],
+        "prefix_lens": prefix,
+        "padded_prefix_lens": padded,
+    }
+    return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in values.items()}
+
+
 def make(**keywords: Any) -> Attention:
     keywords = {"num_heads": HEADS, "head_dim": HEAD_DIM, "scale": None, "num_kv_heads": KV_HEADS} | keywords
     return Attention(**keywords).eval()

@@ -35,6 +35,7 @@ from tests.serving_engine import (
     SESSION,
     TOKENS,
     Engine,
+    diffusion_values,
     inputs,
     make,
     oracle,
@@ -97,20 +98,6 @@ def test_heads_may_be_flat(flat: tuple[bool, bool, bool]) -> None:
     out = attention(*(a if f else b for f, a, b in zip(flat, parts, whole, strict=True)))
     assert out.dim() == (2 if flat[0] else 3)
     assert torch.equal(out.view(expected.shape), expected)
-
-
-def diffusion_values(rng: random.Random, new: list[int], lens: list[int]) -> dict[str, Tensor]:
-    """Some requests prefill and some decode; some new tokens are not real."""
-    count = [*new, *[0] * (REQUESTS - len(new))]
-    prefix = [rng.randint(0, n) for n in count]
-    padded = [rng.randint(p, n) for p, n in zip(prefix, count, strict=True)]
-    values = {
-        "valid_lens": [rng.randint(0, n) if r else n for r, n in enumerate(count)],
-        "status": [int(length > 0) for length in lens],
-        "prefix_lens": prefix,
-        "padded_prefix_lens": padded,
-    }
-    return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in values.items()}
 
 
 @pytest.mark.parametrize("in_cache", [False, True])

@@ -16,6 +16,7 @@ import torch
 import lowered_attn  # noqa: F401  registers the ops
 from custom_ops.paged.masks import paged_mask
 from tools import bench, bench_paged, measure, report, report_paged, run_case, trial
+from tools.latent_cases import LATENT_CASES
 from tools.paged_cases import PAGED_CASES, PagedCase, Target, exact_paged
 from tools.paged_variants import PAGED_VARIANTS
 from tools.store_cases import STORE_CASES, StoreCase
@@ -23,6 +24,9 @@ from tools.variants import Prepared, Unavailable, Variant
 
 CPU = torch.device("cpu")
 CAUSAL = PagedCase("causal", "causal", ((7, 1), (30, 5), (0, 3)), 4, 8, 2, 64, aim_ms=0.25)
+LATENTS = dataclasses.replace(
+    CAUSAL, name="latents", query_heads=6, kv_heads=1, head_dim=48, value_dim=32, scale=0.2, aim_ms=None
+)
 BLOCKS = PagedCase("blocks", "blocks", ((8, 4), (16, 8), (0, 4)), 4, 6, 2, 64, block_size=4)
 
 
@@ -38,6 +42,14 @@ def _half_a_ms(call: Any) -> float:
 # ---------------------------------------------------------------------- cases
 
 
+def test_a_latent_is_counted_once() -> None:
+    """128 heads make 2 * (576 + 512) operations with each of 4,096 keys, of 1,152 bytes each."""
+    case = LATENT_CASES["mla_decode_b128_h128_k4096"]
+    assert case.flops == 128 * 128 * 4096 * 2 * (576 + 512)
+    assert case.bytes == 128 * (4096 * 576 + 128 * (576 + 512)) * 2
+    assert case.aim is not None and case.flops / case.aim / 1e9 == pytest.approx(560)
+
+
 @pytest.mark.parametrize("case", [CAUSAL, BLOCKS], ids=lambda case: case.name)
 def test_a_token_sees_the_keys_that_its_mode_says(case: PagedCase) -> None:
     mask = paged_mask(case.mode, block_size=case.block_size)
@@ -49,7 +61,7 @@ def test_a_token_sees_the_keys_that_its_mode_says(case: PagedCase) -> None:
         assert all(row[: row.sum()].all() for row in visible), "the visible keys are not the first ones"
 
 
-@pytest.mark.parametrize("case", [CAUSAL, BLOCKS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CAUSAL, BLOCKS, LATENTS], ids=lambda case: case.name)
 @pytest.mark.parametrize("max_scores", [2**28, 1])
 def test_exact_attention_is_that_of_the_op(case: PagedCase, max_scores: int) -> None:
     problem = dataclasses.replace(case, dtype=torch.float32).problem("cpu", seed=3)
@@ -232,7 +244,8 @@ def test_graphs_of_our_variants_are_right_and_timed(case: PagedCase) -> None:
 def test_cases_come_from_one_suite(capsys: pytest.CaptureFixture[str]) -> None:
     dense, paged = bench.SUITES
     assert bench.choose_cases("dense")[0] is dense
-    assert bench.choose_cases("paged") == (paged, list(bench_paged.CASES.values()))
+    assert bench.choose_cases("paged") == (paged, [*PAGED_CASES.values(), *STORE_CASES.values()])
+    assert bench.choose_cases("mla") == (paged, list(LATENT_CASES.values()))
     assert [case.name for case in bench.choose_cases("store_t64,decode_b64_k4096")[1]] == [
         "store_t64",
         "decode_b64_k4096",

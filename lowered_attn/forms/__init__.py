@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowered_attn.forms import regular
+from lowered_attn.backends import BACKENDS
+from lowered_attn.forms import mla, regular
+from lowered_attn.forms.mla.latent import BACKEND_ALIASES
 
-__all__ = ["FAMILIES", "Family", "regular"]
+__all__ = ["FAMILIES", "Family", "mla", "regular"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Family:
     """Class of (q_dim, kv_dim, d_attn, n_heads, lookback, backend=, **options)."""
     options: tuple[str, ...]
     """Names of the AttentionConfig fields that become keywords of the constructors when they are not None."""
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    """Names that the constructors take as `backend`."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -32,5 +36,12 @@ FAMILIES: dict[str, Family] = {
         sliding_self=regular.sliding_self.SlidingSelf,
         segment_cross=regular.segment_cross.SegmentCross,
         options=("head_dim",),
+    ),
+    "mla": Family(
+        full_self=mla.full_self.FullSelf,
+        sliding_self=mla.sliding_self.SlidingSelf,
+        segment_cross=mla.segment_cross.SegmentCross,
+        options=("head_dim", "kv_comp_dim", "q_comp_dim", "retr_dim"),
+        backends=(*BACKENDS, *BACKEND_ALIASES),
     ),
 }
