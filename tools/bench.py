@@ -2,6 +2,7 @@
 
     python -m tools.bench --cases dense --output tools/results/dense.json
     python -m tools.bench --cases paged --output tools/results/paged.json
+    python -m tools.bench --cases mla --output tools/results/mla.json
 
 Every variant's result is compared with an independent one first; a wrong result is reported as wrong and
 never timed. Then the variants are timed in rounds, A B C A B C. The file is written after every case, so a
@@ -113,7 +114,7 @@ SUITES = (
     Suite(
         bench_paged.CASES,
         bench_paged.VARIANTS,
-        {"paged": lambda case: True, "store": lambda case: case.name.startswith("store")},
+        bench_paged.GROUPS,
         bench_paged.run_case,
         bench_paged.table,
         trial_workers=8,
@@ -123,7 +124,7 @@ SUITES = (
 
 
 def choose_cases(text: str) -> tuple[Suite, list[Any]]:
-    """`"all"` or `"dense"` (the rows of the published table), `"paged"`, `"store"`, or names separated by commas.
+    """`"all"` or `"dense"` (the published table's rows), `"paged"`, `"store"`, `"mla"`, or names separated by commas.
 
     Names come from one suite. Raises ValueError that lists the names there are.
     """
@@ -159,7 +160,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--cases", default="dense", help="names separated by commas, or dense, all, paged, store")
+    parser.add_argument("--cases", default="dense", help="names separated by commas, or dense, all, paged, store, mla")
     parser.add_argument("--variants", default="default", help="names separated by commas, or default, or all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rep-ms", type=float, default=100, help="measured time of one variant in one round")

@@ -1,6 +1,6 @@
 """One paged case, measured: checked against float32, then replayed as CUDA graphs in interleaved rounds.
 
-`python -m tools.bench --cases paged` runs these cases; rows are those of `tools.run_case`, with ratios.
+`python -m tools.bench --cases paged` (or `mla`) runs these cases; rows are those of `tools.run_case`, with ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.latent_cases import LATENT_CASES
 from tools.measure import Exact, Graph, Split, Timer
 from tools.paged_cases import AIM, PAGED_CASES, PagedCase, PagedProblem, Target, exact_paged
 from tools.paged_variants import PAGED_VARIANTS, schedule_of, tilings
@@ -19,8 +20,14 @@ from tools.run_case import DeviceLostError, P, Say, Settings, in_one_line, measu
 from tools.store_cases import STORE_CASES, STORE_VARIANTS, StoreCase, exact_store
 from tools.variants import Prepared, Unavailable, Variant, peers_with_fa3
 
-CASES: dict[str, PagedCase | StoreCase] = {**PAGED_CASES, **STORE_CASES}
-"""All that `--cases paged` measures, by name, in order."""
+CASES: dict[str, PagedCase | StoreCase] = {**PAGED_CASES, **STORE_CASES, **LATENT_CASES}
+"""Every case over a paged cache by name, in order."""
+GROUPS: dict[str, Callable[[PagedCase | StoreCase], object]] = {
+    "paged": lambda case: case.name not in LATENT_CASES,
+    "store": lambda case: case.name in STORE_CASES,
+    "mla": lambda case: case.name in LATENT_CASES,
+}
+"""What `--cases` may name instead of cases; each of paged and mla has a results file of its own."""
 VARIANTS: dict[str, Variant[Any]] = {**STORE_VARIANTS, **PAGED_VARIANTS}
 """By name, for the command line; `ours` means one thing in a paged case and another in a store case."""
 

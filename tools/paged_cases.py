@@ -38,11 +38,11 @@ class PagedInputs:
     key: Tensor
     """`[T, Hkv, D]`, the new keys: equal to what the cache holds in their slots."""
     value: Tensor
-    """`[T, Hkv, D]`, the new values, likewise."""
+    """`[T, Hkv, Dv]`, the new values, likewise."""
     k_cache: Tensor
     """`[pages, page_size, Hkv, D]`."""
     v_cache: Tensor
-    """`[pages, page_size, Hkv, D]`."""
+    """`[pages, page_size, Hkv, Dv]`."""
     cu_seqlens_q: Tensor
     """int32 `[R + 1]`."""
     context_lens: Tensor
@@ -83,6 +83,10 @@ class PagedCase:
     """Hkv, which divides Hq."""
     head_dim: int = 128
     """D."""
+    value_dim: int | None = None
+    """Dv, where the cache holds latents: one KV head, whose value is the first Dv elements of its key."""
+    scale: float | None = None
+    """What scores are multiplied by; None: 1 / sqrt(D)."""
     block_size: int = 1
     """Tokens of a block: above 1 the mode is block-causal, else causal."""
     dtype: torch.dtype = torch.bfloat16
@@ -100,7 +104,20 @@ class PagedCase:
     @property
     def title(self) -> str:
         """The shape in one line."""
-        return f"{self.label} H{self.query_heads}/{self.kv_heads} D{self.head_dim} page {self.page_size}"
+        heads = f"H{self.query_heads}/{self.kv_heads} D{self.head_dim}"
+        if self.value_dim is not None:
+            heads = f"H{self.query_heads} {self.head_dim}/{self.value_dim}"
+        return f"{self.label} {heads} page {self.page_size}"
+
+    @property
+    def out_dim(self) -> int:
+        """Elements of a value, and of a row of the output."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def mode(self) -> str:
@@ -158,13 +175,15 @@ class PagedCase:
     @property
     def flops(self) -> int:
         """Floating-point operations: two for each multiply-add of both products."""
-        return 4 * self.visible_pairs * self.head_dim * self.query_heads
+        return 2 * self.visible_pairs * (self.head_dim + self.out_dim) * self.query_heads
 
     @property
     def bytes(self) -> int:
         """Bytes of the keys and values of every request, of the queries and of the outputs, each moved once."""
         keys = sum(cached + new for cached, new in self.requests) * self.kv_heads
-        return 2 * (keys + self.tokens * self.query_heads) * self.head_dim * self.dtype.itemsize
+        of_key = self.head_dim if self.value_dim is not None else 2 * self.head_dim  # a latent is key and value
+        of_row = self.head_dim + self.out_dim
+        return (keys * of_key + self.tokens * self.query_heads * of_row) * self.dtype.itemsize
 
     @property
     def aim(self) -> float | None:
@@ -172,11 +191,18 @@ class PagedCase:
         return self.bytes / self.aim_tb_per_s / 1e9 if self.aim_tb_per_s is not None else self.aim_ms
 
     def problem(self, device: torch.device | str, seed: int = 0) -> PagedProblem:
-        """The case's tensors on `device`, drawn with `seed`: q, k and v standard normal, pages in a random order."""
+        """The case's tensors on `device`, drawn with `seed`: q, k and v standard normal, pages in a random order.
+
+        Values of latents are views of the keys.
+        """
         torch.manual_seed(seed)
         pages, size = self.pages, self.page_size
         shape = (pages, size, self.kv_heads, self.head_dim)
-        k_cache, v_cache = (torch.randn(shape, dtype=self.dtype, device=device) for _ in range(2))
+        k_cache = torch.randn(shape, dtype=self.dtype, device=device)
+        if self.value_dim is None:
+            v_cache = torch.randn(shape, dtype=self.dtype, device=device)
+        else:
+            v_cache = k_cache[..., : self.value_dim]
         query = torch.randn(self.tokens, self.query_heads, self.head_dim, dtype=self.dtype, device=device)
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
         counts = [-(-(cached + new) // size) for cached, new in self.requests]
@@ -205,8 +231,8 @@ class PagedCase:
 def exact_paged(problem: PagedProblem, max_scores: int = 2**28) -> Tensor:
     """The step's output `[T, Hq, D]` in float32, a request and a few KV heads at a time (2**28 scores are 1 GiB)."""
     case, inputs = problem.case, problem.inputs
-    group, scale = case.query_heads // case.kv_heads, case.head_dim**-0.5
-    out = torch.empty(inputs.query.shape, device=inputs.query.device)
+    group, scale = case.query_heads // case.kv_heads, case.score_scale
+    out = torch.empty((*inputs.query.shape[:2], case.out_dim), device=inputs.query.device)
     first = 0
     for pages, (cached, new) in zip(inputs.page_tables, case.requests, strict=True):
         length, rows = cached + new, slice(first, first + new)
@@ -233,7 +259,7 @@ def _ragged(count: int, cached: tuple[int, int], new: tuple[int, int], seed: int
     return tuple((draw(*cached), draw(*new)) for _ in range(count))
 
 
-def _decode(keys: int, count: int) -> tuple[tuple[int, int], ...]:
+def decode(keys: int, count: int) -> tuple[tuple[int, int], ...]:
     """`count` requests of `keys` keys, the one new token's included."""
     return ((keys - 1, 1),) * count
 
@@ -248,7 +274,7 @@ _CHUNK_TARGETS = _DECODE_TARGETS[:2]
 _SWEEP_TARGET = (Target("ours", "fa3", 0.9),)
 
 _DECODE = PagedCase(
-    "decode_b64_k4096", "decode B64 ctx 4096", _decode(4096, 64), 16,
+    "decode_b64_k4096", "decode B64 ctx 4096", decode(4096, 64), 16,
     aim_tb_per_s=4.15, targets=_DECODE_TARGETS, variants=(*_ALL, "vllm", "vllm-split"),
     design_row="paged decode B64 ctx 4096 H32/8 D128 page 16",
 )  # fmt: skip
@@ -261,7 +287,7 @@ _CHUNK = PagedCase(
 _LIST = (
     _DECODE,
     PagedCase(
-        "decode_b1_k65536", "decode B1 ctx 65536", _decode(65536, 1), 16,
+        "decode_b1_k65536", "decode B1 ctx 65536", decode(65536, 1), 16,
         aim_tb_per_s=3.8, targets=_DECODE_TARGETS, variants=(*_ALL, "vllm"),
         design_row="paged decode B1 ctx 65536",
     ),

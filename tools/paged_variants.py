@@ -34,12 +34,13 @@ def _schedule_call(problem: PagedProblem, direct: bool, impl: str) -> tuple[tupl
         "mode": case.mode,
         "block_size": case.block_size,
         "impl": impl,
+        "value_dim": case.value_dim,
     }
     return (inputs.cu_seqlens_q, inputs.context_lens, None, []), keywords
 
 
 def schedule_of(problem: PagedProblem, direct: bool = False, impl: str = "triton_grouped") -> Tensor:
-    """The step's schedule: what `paged_attention` reads, made once a step for all layers."""
+    """The step's schedule: what attention reads, made once a step for all layers."""
     import lowered_attn  # noqa: F401  registers the ops
 
     arguments, keywords = _schedule_call(problem, direct, impl)
@@ -74,21 +75,16 @@ def _ours(
     made = schedule_of(problem, direct, impl) if shared_schedule else None
 
     def run() -> tuple[Tensor, Tensor]:
-        return torch.ops.lowered_attn.paged_attention(
-            inputs.query,
-            inputs.key if direct else None,
-            inputs.value if direct else None,
-            inputs.k_cache,
-            inputs.v_cache,
-            inputs.cu_seqlens_q,
-            inputs.context_lens,
-            inputs.page_tables,
-            None,
-            [],
-            schedule_of(problem, direct, impl) if made is None else made,
-            mode=case.mode,
-            block_size=case.block_size,
-            impl=impl,
+        schedule = schedule_of(problem, direct, impl) if made is None else made
+        lengths: tuple[Any, ...] = (inputs.cu_seqlens_q, inputs.context_lens, inputs.page_tables, None, [], schedule)
+        names = {"mode": case.mode, "block_size": case.block_size, "scale": case.score_scale, "impl": impl}
+        key, value = (inputs.key, inputs.value) if direct else (None, None)
+        if case.value_dim is None:
+            caches = (inputs.k_cache, inputs.v_cache)
+            return torch.ops.lowered_attn.paged_attention(inputs.query, key, value, *caches, *lengths, **names)
+        latent, cache = None if key is None else key[:, 0], inputs.k_cache[:, :, 0]
+        return torch.ops.lowered_attn.paged_latent_attention(
+            inputs.query, latent, cache, *lengths, value_dim=case.value_dim, **names
         )
 
     return Prepared(run, lambda result: (result[0],))
@@ -126,7 +122,32 @@ def _fa3(problem: PagedProblem) -> Prepared:
         max(lengths),
     )
     causal = case.mode == "causal"
-    return Prepared(lambda: module.fa3_paged(*arguments, causal=causal), lambda out: (out,))
+    if case.value_dim is None:
+        return Prepared(lambda: module.fa3_paged(*arguments, causal=causal), lambda out: (out,))
+    # Of a latent it takes the rotary part as key and the rest as value, and the query in two parts alike. It scales by
+    # its key's width: the query makes up for the difference.
+    query, k_cache, v_cache, *rest = arguments
+    rotary = case.head_dim - case.value_dim
+    query = query * (case.score_scale * rotary**0.5)
+    q_value, q_rotary = (part.contiguous() for part in query.split((case.value_dim, rotary), -1))
+    keys = k_cache[..., case.value_dim :]
+    return Prepared(
+        lambda: module.fa3_paged(q_rotary, keys, v_cache, *rest, causal=causal, q_v=q_value), lambda out: (out,)
+    )
+
+
+def _flashmla(problem: PagedProblem) -> Prepared:
+    """FlashMLA's dense decode kernel: as many new tokens in every request; its schedule is made inside the clock."""
+    case, inputs = problem.case, problem.inputs
+    if case.value_dim is None or case.mode != "causal":
+        raise Unavailable("FlashMLA computes causal attention over latents")
+    if len({new for _, new in case.requests}) > 1 or case.page_size != 64:
+        raise Unavailable("FlashMLA takes as many new tokens in every request, and pages of 64")
+    module = peers()
+    query = inputs.query.unflatten(0, (len(case.requests), -1))
+    lengths = inputs.context_lens + inputs.cu_seqlens_q.diff()
+    arguments = (query, inputs.k_cache, inputs.page_tables, lengths, case.value_dim, case.score_scale, True)
+    return Prepared(lambda: module.flashmla(*arguments, plan={}), lambda out: (out.flatten(0, 1),))
 
 
 VLLM_LEAST_PROGRAMS = 128
@@ -191,6 +212,7 @@ PAGED_VARIANTS: dict[str, Variant[PagedProblem]] = {
             "ours-triton", "lowered-attn, portable Triton", functools.partial(_ours, impl="triton_portable"), ours=True
         ),
         Variant("fa3", "FlashAttention-3", _fa3),
+        Variant("flashmla", "FlashMLA", _flashmla),
         Variant("vllm", "vLLM, Triton", _vllm),
         Variant("vllm-split", "vLLM, Triton, keys split", functools.partial(_vllm, always_split=True)),
     )

@@ -1,4 +1,4 @@
-"""Paged attention's part of the report: two tables from `paged.json`, attention and the KV store."""
+"""The report's parts about paged caches: from `paged.json` attention and the KV store, from `mla.json` latents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from tools.report import Document, Row, is_memory_bound, is_timed, rate, rows_of
 
 MARKERS = ("<!-- paged:begin -->", "<!-- paged:end -->")
+MLA_MARKERS = ("<!-- mla:begin -->", "<!-- mla:end -->")
 
 HEADLINE, FA3 = "ours", "fa3"
 COLUMNS = {
@@ -15,6 +16,7 @@ COLUMNS = {
     "ours-layer": "schedule shared",
     "ours-direct": "new keys read directly",
     "ours-triton": "portable Triton",
+    "flashmla": "FlashMLA",
     "fa3": "FlashAttention-3",
     "vllm": "vLLM Triton",
     "vllm-split": "vLLM Triton, split",
