@@ -196,7 +196,7 @@ def sections() -> tuple[Section, ...]:
     return (
         Section("dense", (BEGIN, END), block, lambda document: document["cases"], required=True),
         Section("paged", report_paged.MARKERS, report_paged.block, report_paged.plotted, required=False),
-        Section("mla", report_paged.MLA_MARKERS, report_paged.block, None, required=False),
+        Section("mla", report_paged.MLA_MARKERS, report_paged.block, report_paged.plotted, required=False),
         Section("whole_step", report_step.MARKERS, report_step.block, None, required=False),
     )
 
