@@ -32,6 +32,7 @@ def check_call(
     value: Tensor,
     operands: dict[str, OperandValue],
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Raise ValueError where a call of ``form`` is not one that every backend could compute."""
     op = form.name
@@ -79,6 +80,8 @@ def check_call(
     # Kernels take the maximum of scores before they scale them, which a negative scale would turn around.
     if scale is not None and not 0 <= scale < math.inf:
         fail(op, "scale", "a finite number, at least 0", f"{scale}", "negate q for a negative scale")
+    if not 0 <= softcap < math.inf:
+        fail(op, "softcap", "a finite number, at least 0", f"{softcap}", "0 means no soft-cap")
     lengths = {"request": None, "query": query_len, "key": key_len}
     for operand in form.operands:
         _check_operand(op, operand, operands.get(operand.name), query, batch, lengths)

@@ -4,8 +4,9 @@ No ``[Lq, Lk]`` tensor is ever whole in memory: a chunk's mask in the forward, a
 backward, hold at most ``CHUNK_ELEMENTS`` elements (or 16 queries, where those have more). A forward chunk that sees
 all of its keys has no mask. The backward recomputes the weights of a chunk from the saved log-sum-exp.
 
-Values that several KV heads share go through explicit scores instead: the flash kernel wants a value head a KV head and
-one width for keys and values, which would pad every head's keys to the width of the values. The weights of all heads
+Capped scores, and values that several KV heads share, go through explicit scores instead: the flash kernel has no cap,
+and wants a value head a KV head and one width for keys and values, which would pad every head's keys to the width of
+the values. The weights of all heads
 that share a value head are rows of one product with it.
 """
 
@@ -44,20 +45,28 @@ def is_plain_causal(mask: Mask, slots: Slots) -> bool:
     return slots[:-1] == (None,) * 5 and mask.interval() == (sympy.S.Zero, q + 1)
 
 
-def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float) -> tuple[Tensor, Tensor]:
+def sees_everything(mask: Mask, slots: Slots) -> bool:
+    """Whether every query sees every key, whatever the lengths: attention without a mask."""
+    return slots[:-1] == (None,) * 5 and mask.interval() == (sympy.S.Zero, sympy.oo)
+
+
+def forward(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``form`` for CPU tensors; shapes as in ``torch.ops.lowered_attn``."""
     query_len, key_len, value_dim = query.shape[2], key.shape[2], value.shape[3]
     if query.numel() == 0 or key_len == 0:
         return unseeing_outputs(query, value)
     key, value = clear_padded(key, value, slots.key_padding)
-    if value.shape[1] != key.shape[1]:
-        return _forward_shared(form, query, key, value, slots, scale)
+    if softcap or value.shape[1] != key.shape[1]:
+        return _forward_explicitly(form, query, key, value, slots, scale, softcap)
     width = max(query.shape[3], value_dim)  # the CPU kernel wants one head dim for all three
     query, key, value = (pad(t, (0, width - t.shape[3])) if t.shape[3] < width else t for t in (query, key, value))
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     mask = form.mask_of(slots)
-    if query_len == key_len and is_plain_causal(mask, slots):
-        result, result_lse = _flash(query, key, value, 0.0, True, scale=scale)
+    causal = query_len == key_len and is_plain_causal(mask, slots)
+    if causal or sees_everything(mask, slots):
+        result, result_lse = _flash(query, key, value, 0.0, causal, scale=scale)
         return _token_major(result[..., :value_dim]), result_lse.contiguous()
     out, lse = empty_outputs(query, value[..., :value_dim])
     for chunk in _chunks(form, mask, slots, query_len, key_len, query.shape[0] * key_len):
@@ -67,10 +76,10 @@ def forward(form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots,
     return out, lse
 
 
-def _forward_shared(
-    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float
+def _forward_explicitly(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """``forward`` for values that KV heads share, padded keys cleared; low-precision inputs are computed in fp32."""
+    """``forward`` by scores in memory, padded keys cleared; low-precision inputs are computed in fp32."""
     out, lse = empty_outputs(query, value)
     dtype = lse.dtype
     key, value = key.to(dtype), value.to(dtype)
@@ -80,7 +89,7 @@ def _forward_shared(
         if keys.start == keys.stop:
             out[:, :, rows], lse[:, :, rows] = 0, -math.inf
             continue
-        part = attend_explicitly(query[:, :, rows], key[:, :, keys], value[:, :, keys], visible, scale)
+        part = attend_explicitly(query[:, :, rows], key[:, :, keys], value[:, :, keys], visible, scale, softcap)
         out[:, :, rows], lse[:, :, rows] = part
     return out, lse
 
@@ -96,13 +105,14 @@ def backward(
     lse: Tensor,
     slots: Slots,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for CPU tensors.
 
     With weights ``P = exp(scale * Q K^T - lse)``: ``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(dO * O) + dlse)``,
     ``dQ = scale * dS K``, ``dK = scale * dS^T Q``. The query heads of a group are rows of one product, so dK and dV
-    sum over the group by themselves, and dV over all heads that share a value head. Low-precision inputs are computed
-    in fp32.
+    sum over the group by themselves, and dV over all heads that share a value head. A soft-cap multiplies dS by the
+    slope of ``softcap * tanh(s / softcap)``, ``1 - tanh(s / softcap)^2``. Low-precision inputs are computed in fp32.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads, query_len, head_dim = query.shape
@@ -125,6 +135,10 @@ def backward(
         k_part, v_part = kept_key[:, :, keys], kept_value[:, :, keys]
         q_rows = _rows_of(query[:, :, rows].to(dtype), kv_heads)
         scores = _rows_of(torch.matmul(q_rows, k_part.transpose(2, 3)).mul_(scale), value_heads)
+        slope = None
+        if softcap:
+            capped = scores.div_(softcap).tanh_()
+            slope, scores = capped.square().neg_().add_(1), capped.mul_(softcap)
         weights = scores.sub_(_rows_of(finite_lse[:, :, rows, None], value_heads)).exp_()
         if visible is not None:
             weights.unflatten(2, (-1, rows.stop - rows.start)).masked_fill_(~visible[:, None, None], 0)
@@ -135,7 +149,7 @@ def backward(
             grad_rows = _rows_of(grad_out[:, :, rows].to(dtype), value_heads)
             dv[:, :, keys] += torch.matmul(weights.transpose(2, 3), grad_rows)
             grad_scores = torch.matmul(grad_rows, v_part.transpose(2, 3)).sub_(row_terms).mul_(weights)
-        grad_scores = _rows_of(grad_scores, kv_heads)
+        grad_scores = _rows_of(grad_scores if slope is None else grad_scores.mul_(slope), kv_heads)
         dq[:, :, rows] = torch.matmul(grad_scores, k_part).mul_(scale).view(batch, heads, -1, head_dim)
         dk[:, :, keys] += torch.matmul(grad_scores.transpose(2, 3), q_rows).mul_(scale)
     return dq, _token_major(dk.to(key.dtype)), _token_major(dv.to(value.dtype))
@@ -199,6 +213,8 @@ def _chunks(
     ints = {n: v for n, v in operands.items() if isinstance(v, int)}
     starts = None if slots.q_start is None else slots.q_start.to(torch.int64)
     start_range = (0, 0) if starts is None else (int(starts.min()), int(starts.max()))
+    # Bounds hold for one request's value: for a batch they are the widest of all, as they are over its starts.
+    request_values = [None] if slots.request_value is None else slots.request_value.unique().tolist()
     size = chunk_size(elements_a_query)
     key_positions = torch.arange(key_len)
     for begin in range(0, query_len, size):
@@ -206,7 +222,8 @@ def _chunks(
         per_query = None if slots.query_value is None else slots.query_value[:, rows]
         query_range = None if per_query is None else (int(per_query.min()), int(per_query.max()))
         first, last = begin + start_range[0], rows.stop - 1 + start_range[1]
-        lo_any, lo_all, hi_all, hi_any = mask.evaluate_bounds(first, last, key_len, ints, query_range)
+        bounds = [mask.evaluate_bounds(first, last, key_len, ints, query_range, value) for value in request_values]
+        (lo_any, _, hi_all, _), (_, lo_all, _, hi_any) = (tuple(map(f, *bounds, bounds[0])) for f in (min, max))
         keys = slice(lo_any, max(lo_any, hi_any))
         if mask.per_key == sympy.true and lo_all <= keys.start and keys.stop <= hi_all:
             yield _Chunk(rows, keys, None)

@@ -52,18 +52,21 @@ def register_when_counted(form: Form) -> None:
 
 
 def register_grouped_when_counted(forms: dict[str, Form]) -> None:
-    """The same for the grouped ops, which name their form and carry its ints in the last arguments but one."""
+    """The same for the grouped ops, which name their form and carry its ints after the tensors."""
 
     def register(counter: types.ModuleType) -> None:
         import torch
 
         def grouped(q: Sequence[int], k: Sequence[int], v: Sequence[int], *slots: Any, **_: Any) -> int:
-            return forward_flops(forms[slots[-3]], q, k[2], v[3], slots[-2])
+            form, ints = slots[5:7]
+            return forward_flops(forms[form], q, k[2], v[3], ints)
 
         def backward(
-            grad_out: Any, grad_lse: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *slots: Any, **_: Any
-        ) -> int:
-            return backward_flops(forms[slots[-3]], q, k[2], v[3], slots[-2])
+            grad_out: Any, grad_lse: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], out: Any, lse: Any,
+            *slots: Any, **_: Any,
+        ) -> int:  # fmt: skip
+            form, ints = slots[5:7]
+            return backward_flops(forms[form], q, k[2], v[3], ints)
 
         counter.register_flop_formula(torch.ops.lowered_attn.grouped_attention)(grouped)
         counter.register_flop_formula(torch.ops.lowered_attn.attention_backward)(backward)

@@ -18,6 +18,8 @@ from custom_ops.masks import Mask, Operand, OperandValue
 NAMESPACE = "lowered_attn"
 Q_START = Operand("q_start", "request", 0, optional=True)
 """Position of each request's first query among the keys, int32 ``[B]``; 0 where None."""
+KEYWORDS = "float? scale=None, float softcap=0.0"
+"""Keyword-only arguments of every form: the scores' scale, and their soft-cap, 0 for none."""
 
 
 class Slots(NamedTuple):
@@ -71,13 +73,19 @@ class Form:
             f"{types.get(o.kind, 'Tensor')}{'?' if o.optional else ''} {o.name}{'=None' if o.optional else ''}"
             for o in self.operands
         ]
-        return f"(Tensor q, Tensor k, Tensor v, {', '.join(arguments)}, *, float? scale=None) -> (Tensor, Tensor)"
+        return f"(Tensor q, Tensor k, Tensor v, {', '.join(arguments)}, *, {KEYWORDS}) -> (Tensor, Tensor)"
 
     def check(
-        self, query: Tensor, key: Tensor, value: Tensor, operands: dict[str, OperandValue], scale: float | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        operands: dict[str, OperandValue],
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> None:
         """Raise ValueError on a bad call; see ``custom_ops.checks``."""
-        check_call(self, query, key, value, operands, scale)
+        check_call(self, query, key, value, operands, scale, softcap)
 
     def slots(self, operands: Mapping[str, OperandValue]) -> Slots:
         """The operands by slot."""

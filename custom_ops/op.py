@@ -1,11 +1,12 @@
 """The op of a form in ``torch.ops.lowered_attn``, made whole from the form's mask.
 
-Every form becomes one op ``(q, k, v, <operands>, *, scale=None) -> (out, lse)`` with a fake implementation, CPU and
-CUDA kernels, an explicit backward, autocast and a FLOP formula. ``register`` makes it.
+Every form becomes one op ``(q, k, v, <operands>, *, scale=None, softcap=0.0) -> (out, lse)`` with a fake
+implementation, CPU and CUDA kernels, an explicit backward, autocast and a FLOP formula. ``register`` makes it.
 
 q is ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hv, Lk, Dv]``, out ``[B, Hq, Lq, Dv]`` and lse ``[B, Hq, Lq]``.
 Hkv divides Hq and Hv divides Hkv: query head h has KV head ``h // (Hq / Hkv)``, which has value head
 ``kv_head // (Hkv / Hv)``. Where heads share their values (a latent: Hv 1, Dv up to 512), nothing is copied a head.
+With a soft-cap, a score ``s``, scaled, becomes ``softcap * tanh(s / softcap)`` before the softmax.
 """
 
 from __future__ import annotations
@@ -35,19 +36,29 @@ def register(form: Form) -> Form:
         return dict(zip(form.operand_names, arguments + missing, strict=True))
 
     def run(
-        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *arguments: OperandValue,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         operands = bind(arguments)
-        form.check(query, key, value, operands, scale)
+        form.check(query, key, value, operands, scale, softcap)
         check_kernels(form, query)
         return kernels_for(query.device).forward(
-            form, query, key, value, form.slots(operands), default_scale(query, scale)
+            form, query, key, value, form.slots(operands), default_scale(query, scale), softcap
         )
 
     def fake(
-        query: Tensor, key: Tensor, value: Tensor, *arguments: OperandValue, scale: float | None = None
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *arguments: OperandValue,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        form.check(query, key, value, bind(arguments), scale)
+        form.check(query, key, value, bind(arguments), scale, softcap)
         check_kernels(form, query)
         return empty_outputs(query, value)
 
@@ -57,6 +68,7 @@ def register(form: Form) -> Form:
         ctx.save_for_backward(query, key, value, *output, *slots[:-1])
         ctx.ints = slots.ints
         ctx.scale = keyword_only_inputs.get("scale")
+        ctx.softcap = keyword_only_inputs.get("softcap", 0.0)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -76,6 +88,7 @@ def register(form: Form) -> Form:
             form.name,
             ctx.ints,
             default_scale(query, ctx.scale),
+            ctx.softcap,
         )
         return *gradients, *no_gradients
 

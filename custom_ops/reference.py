@@ -38,15 +38,17 @@ def reference_attention(
     operands: Mapping[str, OperandValue],
     scale: float | None = None,
     dtype: torch.dtype = torch.float32,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention by its definition, computed in ``dtype`` (float32, or float64 as an oracle), differentiable,
     ``[Lq, Lk]`` in memory.
 
-    ``query [B, Hq, Lq, D]``, ``key [B, Hkv, Lk, D]``, ``value [B, Hv, Lk, Dv]``. Returns ``out [B, Hq, Lq, Dv]`` in
+    ``query [B, Hq, Lq, D]``, ``key [B, Hkv, Lk, D]``, ``value [B, Hv, Lk, Dv]``. With ``softcap``, scaled scores s
+    become ``softcap * tanh(s / softcap)``. Returns ``out [B, Hq, Lq, Dv]`` in
     the query's dtype (in ``dtype`` when that is float64) and ``lse [B, Hq, Lq]``, natural log, in ``dtype``. Padded
     keys are never read, NaN or not; a query that sees nothing returns 0 with lse -inf and passes no gradient.
     """
-    form.check(query, key, value, dict(operands), scale)
+    form.check(query, key, value, dict(operands), scale, softcap)
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     visible = form.mask.dense(
@@ -55,6 +57,8 @@ def reference_attention(
         {n: v for n, v in operands.items() if n != "q_start"},
     )[:, None]
     scores = _times(q, k.transpose(-1, -2)) * default_scale(query, scale)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~visible, float("-inf"))
     sees_nothing = ~visible.any(-1)
     # A row of -inf alone has no maximum to subtract: give it a finite one, so that neither value nor gradient is NaN.

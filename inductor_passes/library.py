@@ -51,6 +51,8 @@ def refusals(node: torch.fx.Node, form: Form) -> list[str]:
         reasons.append("cuDNN is not available")
     if not is_plain_causal(form.mask_of(slots), slots):
         reasons.append("only plain causal attention")
+    if node.kwargs.get("softcap"):
+        reasons.append("cuDNN's op has no soft-cap")
     if query.dtype not in DTYPES:
         reasons.append(f"only 16-bit inputs, got {query.dtype}")
     sizes = (*query.shape, *key.shape, *value.shape)

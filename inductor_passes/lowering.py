@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from custom_ops.cpu import is_plain_causal
+from custom_ops.cpu import is_plain_causal, sees_everything
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
 from custom_ops.kernels.specialise import architecture, constants, kernel_operands, may_be_full
@@ -41,7 +41,7 @@ OP = torch.ops.lowered_attn.grouped_attention.default
 def lower_grouped_attention(
     query: Any, key: Any, value: Any,
     key_padding: Any, q_start: Any, query_value: Any, key_value: Any, request_value: Any,
-    form_name: str, ints: list[Any], scale: float,
+    form_name: str, ints: list[Any], scale: float, softcap: float = 0.0,
 ) -> tuple[Any, Any]:  # fmt: skip
     """``(out, lse)`` of one grouped op as Inductor IR."""
     form = FORMS[form_name]
@@ -51,8 +51,8 @@ def lower_grouped_attention(
     mask = form.mask_of(slots)
     device = query.get_device()
     if device.type != "cuda":
-        return _lower_on_cpu(mask, query, key, value, slots, form_name, scale)
-    return _lower_to_template(mask, query, key, value, slots, form_name, scale)
+        return _lower_on_cpu(mask, query, key, value, slots, form_name, scale, softcap)
+    return _lower_to_template(mask, query, key, value, slots, form_name, scale, softcap)
 
 
 def _record(form_name: str, detail: str, **facts: object) -> None:
@@ -60,27 +60,30 @@ def _record(form_name: str, detail: str, **facts: object) -> None:
 
 
 def _lower_on_cpu(
-    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float
 ) -> tuple[Any, Any]:
-    """Plain causal attention is torch's own op, at torch's own speed; everything else is the CPU path in chunks."""
+    """Plain causal attention, and attention without a mask, are torch's own op; all else is the CPU path in chunks."""
     query_len, key_len = query.get_size()[2], key.get_size()[2]
     same_dim = compat.static_int(query.get_size()[3]) == compat.static_int(value.get_size()[3])
     same_heads = compat.static_int(key.get_size()[1]) == compat.static_int(value.get_size()[1])
     not_empty = compat.known_true(sympy.Gt(query_len, 0)) and compat.known_true(sympy.Gt(query.get_size()[0], 0))
-    plain = same_dim and same_heads and is_plain_causal(mask, slots)
-    if plain and not_empty and compat.known_true(sympy.Eq(query_len, key_len)):
-        _record(form_name, "torch's CPU flash attention, causal", kernel="cpu_flash")
+    causal = is_plain_causal(mask, slots) and compat.known_true(sympy.Eq(query_len, key_len))
+    everything = sees_everything(mask, slots) and compat.known_true(sympy.Gt(key_len, 0))
+    if same_dim and same_heads and not softcap and not_empty and (causal or everything):
+        _record(form_name, f"torch's CPU flash attention, {'causal' if causal else 'no mask'}", kernel="cpu_flash")
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        out, lse = compat.lower(op, query, key, value, 0.0, True, scale=scale)
+        out, lse = compat.lower(op, query, key, value, 0.0, causal, scale=scale)
         return out, lse
     how = "torch's CPU flash attention" if same_heads else "explicit scores over values that KV heads share"
+    if softcap:
+        how = "explicit scores, capped"
     _record(form_name, f"{how}, in chunks of queries cut to the keys they see", kernel="cpu_chunks")
-    out, lse = compat.fallback(OP)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale)
+    out, lse = compat.fallback(OP)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale, softcap)
     return out, lse
 
 
 def _lower_to_template(
-    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float
 ) -> tuple[Any, Any]:
     """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates."""
     device, dtype = query.get_device(), query.get_dtype()
@@ -102,13 +105,14 @@ def _lower_to_template(
     layout = compat.ir.FixedLayout(device, dtype, out_size)
     fixed = constants(
         mask, slots, group=heads // kv_heads, sharing=kv_heads // value_heads, head_dim=head_dim, value_dim=value_dim,
-        dtype=dtype,
+        dtype=dtype, softcap=softcap,
     )  # fmt: skip
     shared = {
         **fixed,
         "PRECISION": repr(fixed["PRECISION"]),  # templates print values as source text
         "KV_HEADS": kv_heads,
         "SCALE": scale,
+        "SOFTCAP": softcap,
         "INTS": slots.ints or (0,),
         "WRITES_LSE": writes_lse,
         "HEADS_TOGETHER": _heads_together(

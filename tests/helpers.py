@@ -24,6 +24,8 @@ LAYOUTS = ("contiguous", "token_major", "sliced", "expanded", "strided_last")
 """``token_major`` a transposed ``[B, S, H, D]``; ``sliced`` part of a wider tensor in every dimension; ``expanded``
 one request seen as many, stride 0; ``strided_last`` a last stride of 2.
 """
+DOCUMENTS = 4
+"""How many documents ``make_operands`` packs into a request."""
 PADDINGS = ("none", "some", "first", "all")
 """Which keys ``key_padding`` hides: there is none, about a third, the first half (queries there are blind), all."""
 
@@ -45,6 +47,7 @@ class Case:
     """Whether a self-attention form gets ``q_start``: its queries sit anywhere, one request's before the first key."""
     layout: str = "contiguous"
     scale: float | None = None
+    softcap: float = 0.0
     band: int = 5
     """The window, or the lookback."""
     batch: int = 2
@@ -64,6 +67,7 @@ class Case:
         parts += [] if self.padding == "none" else [f"pad_{self.padding}"]
         parts += ["q_start"] * self.q_start + [] if self.layout == "contiguous" else [self.layout]
         parts += [] if self.scale is None else [f"scale{self.scale}"]
+        parts += [f"cap{self.softcap:g}"] if self.softcap else []
         return "-".join(parts)
 
 
@@ -77,17 +81,23 @@ class Call:
     v: Tensor
     operands: dict[str, OperandValue]
     scale: float | None = None
+    softcap: float = 0.0
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The op's keyword-only arguments."""
+        return {"scale": self.scale, "softcap": self.softcap}
 
     def to(self, *where: Any) -> Call:
         """The same call with q, k and v in another dtype, or everything on another device."""
         moves = [w for w in where if not isinstance(w, torch.dtype)]
         operands = {n: t.to(*moves) if moves and isinstance(t, Tensor) else t for n, t in self.operands.items()}
         q, k, v = (t.to(*where) for t in self.qkv)
-        return Call(self.form, q, k, v, operands, self.scale)
+        return Call(self.form, q, k, v, operands, **self.keywords)
 
 
 class Results(NamedTuple):
@@ -122,7 +132,7 @@ def make(case: Case, device: str = "cpu") -> Call:
     )
     operands = make_operands(form, case.batch, query_len, key_len, case.band, case.padding, case.q_start)
     operands = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in operands.items()}
-    return Call(form, q, k, v, operands, case.scale)
+    return Call(form, q, k, v, operands, case.scale, case.softcap)
 
 
 def make_operands(
@@ -137,7 +147,9 @@ def make_operands(
     """Every operand of ``form``, absent ones as None, on the CPU.
 
     Segments rise by uneven steps from -2 (sees nothing) to past the last key; positions start before, inside and at
-    the end of the keys.
+    the end of the keys; prefixes are as long as the band, empty, longer than the keys and half of them. Documents are
+    a few, in order in every other request and mixed in the others; the first query's has no keys. Starts rise from
+    before the first key to past the last.
     """
     operands: dict[str, OperandValue] = {"key_padding": make_padding(padding, batch, key_len)}
     for operand in form.mask.int_operands:
@@ -145,7 +157,18 @@ def make_operands(
     if form.self_attention:
         starts = torch.tensor([max(key_len - query_len, 0), -2, key_len // 2, key_len + 3]).repeat(batch)[:batch]
         operands["q_start"] = starts.to(torch.int32) if q_start else None
-    else:
+    for operand in form.mask.request_operands:
+        prefixes = torch.tensor([band, 0, key_len + 3, key_len // 2]).repeat(batch)[:batch]
+        operands[operand.name] = prefixes.to(torch.int32)
+    if "query_documents" in form.operand_names:
+        documents = [torch.randint(DOCUMENTS, (batch, length)) for length in (query_len, key_len)]
+        for ids in documents:
+            ids[::2] = ids[::2].sort(1)[0]
+        documents[0][:, :1] = DOCUMENTS if query_len > 2 else 0
+        operands["query_documents"], operands["key_documents"] = documents
+    if "query_starts" in form.operand_names:
+        operands["query_starts"] = torch.randint(-2, key_len + 2, (batch, query_len)).sort(1)[0]
+    if "query_segments" in form.operand_names:
         segments = torch.randint(-2, key_len + band + 2, (batch, query_len)).sort(1)[0]
         if query_len > 2:
             segments[:, 0], segments[:, -1] = -2, key_len + band + 1
@@ -194,9 +217,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def run(attend: Callable[..., tuple[Tensor, Tensor]], call: Call, grads: Grads = None) -> Results:
-    """Results of ``attend(q, k, v, **operands, scale=)``; where ``grads`` are given, gradients too."""
+    """Results of ``attend(q, k, v, **operands, scale=, softcap=)``; where ``grads`` are given, gradients too."""
     leaves = [t.detach().requires_grad_(grads is not None) for t in call.qkv]
-    out, lse = attend(*leaves, **call.operands, scale=call.scale)
+    out, lse = attend(*leaves, **call.operands, **call.keywords)
     if grads is None:
         return Results(out, lse)
     used = [(o, g.to(o.dtype)) for o, g in zip((out, lse), grads, strict=True) if g is not None]
@@ -215,8 +238,10 @@ def oracle(call: Call, grads: Grads = None) -> Results:
     """Results in fp64, on the CPU: the forms refuse fp64 on CUDA."""
     exact = call.to("cpu", torch.float64)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: OperandValue) -> tuple[Tensor, Tensor]:
-        return reference_attention(q, k, v, call.form, operands, scale, torch.float64)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, **operands: OperandValue
+    ) -> tuple[Tensor, Tensor]:
+        return reference_attention(q, k, v, call.form, operands, scale, torch.float64, softcap)
 
     return run(attend, exact, on_cpu(grads))
 
@@ -230,13 +255,17 @@ def low_precision(call: Call, grads: Grads = None) -> Results:
     """
     dtype, wide = call.q.dtype, accumulator(call.q.dtype)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: OperandValue) -> tuple[Tensor, Tensor]:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float, **operands: OperandValue
+    ) -> tuple[Tensor, Tensor]:
         visible = dense_mask(call.form, q, k, operands)
         padding = operands.get("key_padding")
         if isinstance(padding, Tensor):
             k, v = (t.masked_fill(padding[:, None, :, None], 0) for t in (k, v))
         k, v = (t.to(wide).repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         scores = (q.to(wide) @ k.transpose(-1, -2)) * default_scale(q, scale)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
         scores = scores.masked_fill(~visible, -math.inf)
         blind = ~visible.any(-1)
         lse = scores.masked_fill(blind[..., None], 0).logsumexp(-1)

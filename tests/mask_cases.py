@@ -15,13 +15,12 @@ from sympy import Eq, Max, Min, Mod, floor
 
 from custom_ops.forms import FORMS
 from custom_ops.mask_printing import triton_source
-from custom_ops.masks import Mask, int_operand, k, key_operand, q, query_operand, request_operand
+from custom_ops.masks import Mask, int_operand, k, q, query_operand
 
 Array = np.ndarray
 BLOCK, WINDOW = int_operand("block", minimum=1), int_operand("window", minimum=1)
 SINK, LOOKBACK, AHEAD = int_operand("sink"), int_operand("lookback"), int_operand("ahead")
-PREFIX, START = request_operand("prefix"), query_operand("start")
-DOC, KEY_DOC = query_operand("doc"), key_operand("key_doc")
+START, DOC = query_operand("start"), query_operand("doc")
 block, window, sink, lookback, ahead = (o.symbol for o in (BLOCK, WINDOW, SINK, LOOKBACK, AHEAD))
 in_block = floor(q / block)
 
@@ -57,6 +56,22 @@ def segments(i: Array, j: Array, o: Any) -> Array:
     return (o.query_segments - o.lookback <= j) & (j <= o.query_segments)
 
 
+def everything(i: Array, j: Array, o: Any) -> Array:
+    return (i >= 0) & (j >= 0)
+
+
+def same_document(i: Array, j: Array, o: Any) -> Array:
+    return o.query_documents == o.key_documents
+
+
+def started(i: Array, j: Array, o: Any) -> Array:
+    return (o.query_starts <= j) & (j <= i)
+
+
+def prefix(i: Array, j: Array, o: Any) -> Array:
+    return (j <= i) | (j < o.prefix_lens)
+
+
 def unpadded(banded: Callable[[Array, Array, Any], Array]) -> Callable[[Array, Array, Any], Array]:
     return lambda i, j, o: banded(i, j, o) & ~o.key_padding
 
@@ -66,9 +81,17 @@ CASES = [
     Case(FORMS["sliding_self"].mask, unpadded(sliding), sliding),
     # Bounds enclose what the tile's segments see; keys between two of them may be seen by nobody.
     Case(FORMS["segment_cross"].mask, unpadded(segments), segments, empty_found=0.9),
+    Case(FORMS["bidirectional"].mask, unpadded(everything), everything),
+    # Ids are read key by key: bounds speak of positions alone.
+    Case(FORMS["document"].mask, unpadded(same_document), everything),
+    Case(
+        FORMS["document_causal"].mask, unpadded(lambda i, j, o: causal(i, j, o) & same_document(i, j, o)), causal
+    ),
+    Case(FORMS["prefix_lm"].mask, unpadded(prefix), prefix),
+    Case(FORMS["causal_from"].mask, unpadded(started), started, empty_found=0.98),
     Case(Mask("causal", k <= q), causal),
     Case(Mask("sliding", (k <= q) & (q - k < window), (WINDOW,)), sliding),
-    Case(Mask("bidirectional", sympy.true), lambda i, j, o: (i >= 0) & (j >= 0)),
+    Case(Mask("everything", sympy.true), everything),
     Case(Mask("nothing", sympy.false), lambda i, j, o: (i < 0) & (j < 0)),
     Case(Mask("diagonal", Eq(k, q)), lambda i, j, o: i == j),
     Case(Mask("block_causal", k < (in_block + 1) * block, (BLOCK,)), lambda i, j, o: j < (i // o.block + 1) * o.block),
@@ -89,16 +112,10 @@ CASES = [
         Mask("around", (q - k <= lookback) & (k - q <= ahead), (LOOKBACK, AHEAD)),
         lambda i, j, o: (i - o.lookback <= j) & (j <= i + o.ahead),
     ),
-    Case(Mask("prefix_lm", (k <= q) | (k < PREFIX.symbol), (PREFIX,)), lambda i, j, o: (j <= i) | (j < o.prefix)),
     Case(
         Mask("not_before", (k <= q) & (k >= START.symbol), (START,)),
         lambda i, j, o: (o.start <= j) & (j <= i),
         empty_found=0.98,
-    ),
-    Case(
-        Mask("document", (k <= q) & Eq(DOC.symbol, KEY_DOC.symbol), (DOC, KEY_DOC)),
-        lambda i, j, o: (j <= i) & (o.doc == o.key_doc),
-        causal,
     ),
     # Falls with q: the first query sees the most.
     Case(Mask("mirror", k + q < window, (WINDOW,)), lambda i, j, o: i + j < o.window),
@@ -149,7 +166,7 @@ class Call:
         at = {"key": np.s_[None, :], "query": np.s_[:, None]}
         values = {}
         for name, value in self.operands.items():
-            kind = "key" if name in ("key_padding", "key_doc") else "query"
+            kind = "key" if name.startswith("key_") else "query"
             values[name] = value if isinstance(value, int) else value[0].numpy()
             if isinstance(value, torch.Tensor) and value.dim() == 2:
                 values[name] = values[name][at[kind]]

@@ -53,6 +53,13 @@ def ragged_segments(queries: int, segments: int) -> Tensor:
     return index
 
 
+def packed(queries: int, keys: int) -> dict[str, Tensor | int | None]:
+    """Documents of ten tokens, in order; those of request 1 are numbered past 32 bits. The last query has no keys."""
+    ids = [(torch.arange(n) // 10 % 2)[None] + torch.tensor([[0], [2**40]]) for n in (queries, keys)]
+    ids[0][:, -1] = 2**33
+    return {"query_documents": ids[0], "key_documents": ids[1]}
+
+
 @dataclass(frozen=True)
 class Case:
     """A call of a form. Sizes are small and odd; operands are made at run time, on the CPU."""
@@ -108,6 +115,21 @@ CASES = [
         lengths=(37, 11),
         dims=(16, 24),
         blind_rows=[(0, i) for i in range(11)] + [(1, 36)],
+    ),
+    Case("bidirectional", "bidirectional", dict, lengths=(37, 11)),
+    Case(
+        "bidirectional-padded",
+        "bidirectional",
+        lambda: {"key_padding": torch.tensor([[True] * 37, [False] * 5 + [True] * 32])},
+        blind_rows=[(0, i) for i in range(37)],
+    ),
+    Case("document", "document", lambda: packed(37, 21), lengths=(37, 21), blind_rows=[(0, 36), (1, 36)]),
+    Case("document-causal", "document_causal", lambda: packed(37, 37), blind_rows=[(0, 36), (1, 36)]),
+    Case(
+        "prefix-padded",
+        "prefix_lm",
+        lambda: {"prefix_lens": torch.tensor([2, 11], dtype=torch.int32), "key_padding": pad_first(37)},
+        blind_rows=[(0, 0), (0, 1), (0, 2)],
     ),
     Case("full-shared-values", "full_self", dict, heads=(4, 4), value_heads=1, dims=(16, 48)),
     Case(
@@ -277,6 +299,45 @@ def test_flex_under_inductor_skips_blocks_request_by_request() -> None:
 
     expected = run_attention("reference", FORMS[case.form], *inputs, operands)
     torch.testing.assert_close(compiled(*inputs), expected)
+
+
+@on_devices
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["lowered", "flex", "reference"])
+def test_a_soft_cap_caps_the_scaled_scores(backend: str, compiled: bool, device: str) -> None:
+    case = next(c for c in CASES if c.id == "sliding-padded")
+    inputs, operands = make_inputs(case, torch.float32, device)
+    torch._dynamo.reset()
+
+    def attend(*qkv: Tensor) -> Tensor:
+        return run_attention(backend, FORMS[case.form], *qkv, operands, 0.9, 1.5)
+
+    def capped(*qkv: Tensor) -> Tensor:
+        """By torch's own operations, from the definition."""
+        q, k, v = (t.repeat_interleave(case.heads[0] // t.shape[1], 1) for t in qkv)
+        keys = torch.arange(37, device=device)
+        distance = keys[:, None] - keys
+        hidden = operands["key_padding"]
+        assert isinstance(hidden, Tensor)
+        visible = (distance >= 0) & (distance < 5) & ~hidden[:, None, None]
+        scores = (1.5 * torch.tanh(0.9 * q @ k.mT / 1.5)).masked_fill(~visible, -1e30)
+        return (scores.softmax(-1) @ v).masked_fill(~visible.any(-1, keepdim=True), 0)
+
+    compiler = "inductor" if backend == "flex" else "lowered_attn"
+    tested = torch.compile(attend, fullgraph=True, backend=compiler, dynamic=False) if compiled else attend
+    if not differentiable(backend, device):
+        torch.testing.assert_close(tested(*inputs), capped(*inputs))
+        return
+    cotangent = torch.randn_like(inputs[0])
+    for a, b in zip(*(with_gradients(f, inputs, cotangent) for f in (tested, capped)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sdpa_refuses_a_soft_cap() -> None:
+    inputs, _ = make_inputs(CASES[0], torch.float32, "cpu")
+    with pytest.raises(UnsupportedBackendError, match="no soft-cap, got softcap=50. .*'lowered', 'flex', 'reference'"):
+        run_attention("sdpa", FORMS["full_self"], *inputs, {}, softcap=50.0)
+    run_attention("sdpa", FORMS["full_self"], *inputs, {}, softcap=0.0)
 
 
 def test_sdpa_says_plain_causal_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:

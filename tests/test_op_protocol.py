@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one-token": {"lengths": (1, 1), "padding": "some"},
     "nothing": {"lengths": (0, 0)},
     "no-keys": {"lengths": (3, 0), "q_start": True},
+    "capped": {"padding": "some", "q_start": True, "softcap": 0.7},
     "shared-values": {"heads": (4, 4), "value_heads": 2, "dims": (16, 40), "padding": "some"},
     "latent": {"dtype": torch.bfloat16, "heads": (6, 3), "value_heads": 1, "dims": (16, 512)},
 }
@@ -36,13 +37,13 @@ on_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTING
 def arguments(call: Call, requires_grad: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the form's op, on fresh leaves."""
     leaves = (t.detach().clone().requires_grad_(requires_grad) for t in call.qkv)
-    return (*leaves, *call.operands.values()), {"scale": call.scale}
+    return (*leaves, *call.operands.values()), call.keywords
 
 
 def grouped_arguments(call: Call) -> tuple[Any, ...]:
     """Arguments of ``grouped_attention``."""
     slots = call.form.slots(call.operands)
-    return (*call.qkv, *slots[:-1], call.form.name, list(slots.ints), default_scale(call.q, call.scale))
+    return (*call.qkv, *slots[:-1], call.form.name, list(slots.ints), default_scale(call.q, call.scale), call.softcap)
 
 
 def check(op: Any, args: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> None:
@@ -87,8 +88,15 @@ def test_the_schema_is_the_documented_one(name: str) -> None:
         "full_self": "Tensor? key_padding=None, Tensor? q_start=None",
         "sliding_self": "SymInt window, Tensor? key_padding=None, Tensor? q_start=None",
         "segment_cross": "Tensor query_segments, SymInt lookback, Tensor? key_padding=None",
+        "bidirectional": "Tensor? key_padding=None",
+        "document": "Tensor query_documents, Tensor key_documents, Tensor? key_padding=None",
+        "document_causal": "Tensor query_documents, Tensor key_documents, Tensor? key_padding=None, "
+        "Tensor? q_start=None",
+        "causal_from": "Tensor query_starts, Tensor? key_padding=None, Tensor? q_start=None",
+        "prefix_lm": "Tensor prefix_lens, Tensor? key_padding=None, Tensor? q_start=None",
     }
-    expected = f"(Tensor q, Tensor k, Tensor v, {documented[name]}, *, float? scale=None) -> (Tensor, Tensor)"
+    keywords = "*, float? scale=None, float softcap=0."
+    expected = f"(Tensor q, Tensor k, Tensor v, {documented[name]}, {keywords}) -> (Tensor, Tensor)"
     assert str(getattr(OPS, name).default._schema) == f"lowered_attn::{name}{expected}"
 
 
@@ -118,7 +126,7 @@ def test_fake_results_have_the_real_shapes_dtypes_and_strides(name: str, dtype: 
             grads = (mode.from_tensor(t) for t in cotangents(call))
             fake_backward = OPS.attention_backward(*grads, *fake_inputs[:3], *fake, *fake_inputs[3:])
             operands = {n: mode.from_tensor(t) if isinstance(t, Tensor) else t for n, t in call.operands.items()}
-            fake_form = getattr(OPS, name)(*fake_inputs[:3], **operands, scale=call.scale)
+            fake_form = getattr(OPS, name)(*fake_inputs[:3], **operands, **call.keywords)
         assert_same_metadata(fake, real)
         assert_same_metadata(fake_form, real)
         assert_same_metadata(fake_backward, real_backward)
@@ -130,6 +138,7 @@ def test_fake_results_have_the_real_shapes_dtypes_and_strides(name: str, dtype: 
         {},
         {"padding": "some", "heads": (2, 2)},
         {"scale": 0.3},
+        {"scale": 0.9, "softcap": 0.6, "padding": "some"},
         {"padding": "some", "heads": (3, 3), "value_heads": 1},
         {"heads": (4, 4), "value_heads": 2, "dims": (3, 6)},
     ],
@@ -142,7 +151,7 @@ def test_gradcheck(name: str, settings: dict[str, Any]) -> None:
     )
 
     def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = call.form.op(*qkv, **call.operands, scale=call.scale)
+        out, lse = call.form.op(*qkv, **call.operands, **call.keywords)
         return out, lse.masked_fill(lse.isinf(), 0)  # -inf has no finite difference
 
     assert torch.autograd.gradcheck(attend, tuple(t.requires_grad_() for t in call.qkv))
@@ -202,7 +211,11 @@ def test_autocast_leaves_fp64_alone(name: str) -> None:
 # ---------------------------------------------------------------------- FLOPs
 
 # Pairs that one head sees: 8 queries, 8 keys; a window of 3 leaves 1 + 2 + 6 * 3; two segments a query with lookback 1.
-PAIRS = {"full_self": 36, "sliding_self": 21, "segment_cross": 16}
+# What tensors decide counts as if they let everything through.
+PAIRS = {
+    "full_self": 36, "sliding_self": 21, "segment_cross": 16,
+    "bidirectional": 64, "document": 64, "document_causal": 36, "prefix_lm": 64, "causal_from": 64,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value_heads", [2, 1])
@@ -290,6 +303,7 @@ def compiled(attend: Callable[..., Any], **keywords: Any) -> Any:
         {},
         {"padding": "some", "q_start": True, "heads": (7, 1)},
         {"scale": 0.3},
+        {"softcap": 2.0, "padding": "some"},
         {"heads": (4, 4), "value_heads": 1, "dims": (16, 40)},
     ],
     ids=str,
@@ -298,8 +312,8 @@ def compiled(attend: Callable[..., Any], **keywords: Any) -> Any:
 def test_a_traced_step_gives_what_eager_gives(name: str, settings: dict[str, Any], dynamic: bool) -> None:
     call = make(Case(name, **settings))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
-        out, lse = call.form.op(q, k, v, **operands, scale=scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = call.form.op(q, k, v, **arguments)
         return out * 2, lse
 
     grads = cotangents(call)
@@ -321,12 +335,12 @@ def test_dynamic_shapes_compile_once(name: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_autocast_and_a_changing_scale_trace() -> None:
+def test_autocast_and_a_changing_scale_and_cap_trace() -> None:
     call = make(Case("full_self"))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            return call.form.op(q, k, v, scale=scale)
+            return call.form.op(q, k, v, scale=scale, softcap=scale)
 
     traced = compiled(attend, backend="aot_eager")
     for scale in (0.1, 0.2, 0.3):

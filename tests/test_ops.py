@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +57,7 @@ def cases(name: str) -> list[Case]:
         "heads": GROUPS,
         "band": (1, 4, 40),
         "scale": (None, 0.3),
+        "softcap": (0.0, 0.5),
     }
     found = []
     for row in pairwise(factors):
@@ -94,8 +96,22 @@ def test_every_two_settings_meet() -> None:
 SEES = {
     "full_self": lambda i, k, o: k <= i,
     "sliding_self": lambda i, k, o: k <= i and i - k < o["window"],
-    "segment_cross": lambda s, k, o: s - o["lookback"] <= k <= s,
+    "segment_cross": lambda i, k, o: o["query_segments"] - o["lookback"] <= k <= o["query_segments"],
+    "bidirectional": lambda i, k, o: True,
+    "document": lambda i, k, o: o["query_documents"] == o["key_documents"],
+    "document_causal": lambda i, k, o: k <= i and o["query_documents"] == o["key_documents"],
+    "causal_from": lambda i, k, o: o["query_starts"] <= k <= i,
+    "prefix_lm": lambda i, k, o: k <= i or k < o["prefix_lens"],
 }
+
+
+def numbers_at(operands: dict[str, Any], b: int, i: int, k: int) -> dict[str, int]:
+    """A call's operands as they are for key ``k`` and the ``i``-th query of request ``b``."""
+    found = {}
+    for name, value in operands.items():
+        index = (b,) if name in ("q_start", "prefix_lens") else (b, k if name.startswith("key_") else i)
+        found[name] = int(value[index]) if isinstance(value, Tensor) else value
+    return found
 
 
 @pytest.mark.parametrize("band", [1, 3, 50])
@@ -106,13 +122,11 @@ def test_a_query_sees_exactly_the_keys_of_the_definition(name: str, lengths: tup
     call = identity_values(name, query_len, key_len, band=band, padding="some", q_start=True)
     weights, _ = call.form.op(*call.qkv, **call.operands)
     o = call.operands
-    padding, starts, segments = (o.get(n) for n in ("key_padding", "q_start", "query_segments"))
     expected = torch.zeros(weights.shape[0], query_len, key_len, dtype=torch.bool)
-    for b in range(expected.shape[0]):
-        for i in range(query_len):
-            position = int(segments[b, i]) if segments is not None else i + int(starts[b])
-            for k in range(key_len):
-                expected[b, i, k] = SEES[name](position, k, o) and not padding[b, k]
+    for b, i, k in itertools.product(*map(range, expected.shape)):
+        numbers = numbers_at(o, b, i, k)
+        position = i + numbers.get("q_start", 0)
+        expected[b, i, k] = SEES[name](position, k, numbers) and not numbers["key_padding"]
     assert torch.equal(weights > 0, expected[:, None].expand_as(weights))
     assert torch.equal(dense_mask(call.form, call.q, call.k, o)[:, 0], expected)
 
@@ -175,6 +189,17 @@ def test_segments_far_out_of_range_see_nothing(dtype: torch.dtype) -> None:
     assert torch.equal(out.abs().sum(-1) > 0, sees)
 
 
+@pytest.mark.parametrize("name", ["document", "document_causal"])
+def test_document_ids_count_with_all_their_bits(name: str) -> None:
+    call = make(Case(name))
+    wide = {n: call.operands[n] for n in ("query_documents", "key_documents")}
+    expected = call.form.op(*call.qkv, **call.operands)
+    for shift in (lambda ids: ids << 40, lambda ids: ids - 2**62, lambda ids: ids.to(torch.int32)):
+        shifted = {**call.operands, **{n: shift(ids) for n, ids in wide.items()}}
+        for one, other in zip(call.form.op(*call.qkv, **shifted), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 # ---------------------------------------------------------------------- rows that see nothing, hidden keys
 
 
@@ -185,7 +210,9 @@ def test_rows_that_see_nothing_give_zero_and_pass_no_gradient(name: str, padding
     call = make(Case(name, dtype, padding=padding, q_start=True))
     results = run(call.form.op, call, cotangents(call))
     blind = ~dense_mask(call.form, call.q, call.k, call.operands).any(-1).expand_as(results.lse)
-    assert blind.any() and (padding == "all") == bool(blind.all())
+    # In both directions half of the keys are enough for every query.
+    assert bool(blind.any()) == (name != "bidirectional" or padding == "all")
+    assert bool(blind.all()) == (padding == "all")
     assert torch.equal(results.lse == -math.inf, blind)
     assert torch.count_nonzero(results.out[blind]) == 0 and torch.count_nonzero(results.dq[blind]) == 0
     # Cotangents of those rows alone reach no key.

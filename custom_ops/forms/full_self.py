@@ -7,7 +7,8 @@ A query at position ``q`` sees every key at or before it::
 
 Source: Vaswani et al., "Attention Is All You Need", section 3.2.3, https://arxiv.org/abs/1706.03762.
 
-``torch.ops.lowered_attn.full_self(q, k, v, key_padding=None, q_start=None, *, scale=None) -> (out, lse)``
+``torch.ops.lowered_attn.full_self(q, k, v, key_padding=None, q_start=None, *, scale=None, softcap=0.0) -> (out,
+lse)``
 """
 
 from custom_ops.form import Form

@@ -10,8 +10,8 @@ A query whose segment is negative, or past the last key by more than ``lookback`
 tokens-to-patches direction of Pagnoni et al., "Byte Latent Transformer", section 3.3,
 https://arxiv.org/abs/2412.09871, with a lookback.
 
-``torch.ops.lowered_attn.segment_cross(q, k, v, query_segments, lookback, key_padding=None, *, scale=None) -> (out,
-lse)``
+``torch.ops.lowered_attn.segment_cross(q, k, v, query_segments, lookback, key_padding=None, *, scale=None,
+softcap=0.0) -> (out, lse)``
 """
 
 from custom_ops.form import Form

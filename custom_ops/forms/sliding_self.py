@@ -8,7 +8,8 @@ A query at position ``q`` sees the ``window`` latest keys, its own included::
 Source: Beltagy et al., "Longformer", section 3.1, https://arxiv.org/abs/2004.05150; the causal window of Jiang et
 al., "Mistral 7B", section 2, https://arxiv.org/abs/2310.06825.
 
-``torch.ops.lowered_attn.sliding_self(q, k, v, window, key_padding=None, q_start=None, *, scale=None) -> (out, lse)``
+``torch.ops.lowered_attn.sliding_self(q, k, v, window, key_padding=None, q_start=None, *, scale=None, softcap=0.0)
+-> (out, lse)``
 """
 
 from custom_ops.form import Form

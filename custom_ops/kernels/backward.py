@@ -3,15 +3,16 @@
 The weights of a tile are recomputed from the saved log-sum-exp, nothing of size [Lq, Lk] is stored.
 
 See ``custom_ops/kernels/tile.py`` for the legend. With ``P = exp(scale * Q K^T - lse)`` and ``delta = rowsum(dO * O)
-- dlse``: ``dV = P^T dO``, ``dS = P * (dO V^T - delta)``, ``dQ = scale * dS K``, ``dK = scale * dS^T Q``. The heads of
-a GQA group are rows of one tile, so dK and dV sum over the group in registers, and one program takes all KV heads that
-share a value head one after the other; no atomics, so two runs are bitwise equal.
+- dlse``: ``dV = P^T dO``, ``dS = P * (dO V^T - delta)``, ``dQ = scale * dS K``, ``dK = scale * dS^T Q``. A soft-cap
+multiplies dS by the slope of ``softcap * tanh(s / softcap)``, ``1 - tanh(s / softcap)^2``. The heads of a GQA group
+are rows of one tile, so dK and dV sum over the group in registers, and one program takes all KV heads that share a
+value head one after the other; no atomics, so two runs are bitwise equal.
 """
 
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.tile import keep_scores, key_tiles, load_key_operands, load_rows, row_operands
+from custom_ops.kernels.tile import keep_scores, key_tiles, load_key_operands, load_rows, row_operands, tanh_of_scores
 
 
 # Lengths and counts vary from call to call: see forward_kernel.
@@ -80,25 +81,33 @@ def load_row_tile(
 
 
 @triton.jit
-def weights_and_grad_scores(q, k, v, grad, lse, delta, keep, qk_scale, PRECISION: tl.constexpr):
+def weights_and_grad_scores(
+    q, k, v, grad, lse, delta, keep, qk_scale, softcap, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
+):
     """``P`` and ``dS`` (without scale) of one tile, fp32, 0 where not kept.
 
     ``lse`` and ``delta`` broadcast over the keys. With q and k, and v and grad, in each other's places, and everything
     else transposed, both come out as ``[keys, rows]``.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    weights = tl.where(keep, tl.exp2(scores * qk_scale - lse), 0.0)
+    if HAS_SOFTCAP:
+        capped = tanh_of_scores(scores, qk_scale, softcap)
+        weights = tl.where(keep, tl.exp2(capped * (softcap * 1.4426950408889634) - lse), 0.0)
+        slope_weights = weights * (1.0 - capped * capped)
+    else:
+        weights = tl.where(keep, tl.exp2(scores * qk_scale - lse), 0.0)
+        slope_weights = weights
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    return weights, weights * (grad_weights - delta)
+    return weights, slope_weights * (grad_weights - delta)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "query_len", "key_len"])
 def query_gradient_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, DQ, Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING,
-    stride_q, stride_k, stride_v, stride_grad, stride_dq, kv_heads, query_len, key_len, ints, scale,
+    stride_q, stride_k, stride_v, stride_grad, stride_dq, kv_heads, query_len, key_len, ints, scale, softcap,
     VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, BOUNDS: tl.constexpr, READS_KEYS: tl.constexpr,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
-    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     G: tl.constexpr, SHARING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
@@ -138,6 +147,7 @@ def query_gradient_kernel(
         HAS_Q_START,
         HAS_QUERY_VALUES,
         HAS_REQUEST_VALUES,
+        HAS_KEY_VALUES,
     )
     first_query = row_tile * BLOCK_M // G + position_shift
     last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // G, query_len - 1) + position_shift
@@ -160,8 +170,9 @@ def query_gradient_kernel(
             VISIBLE, KEY_VISIBLE, True, READS_KEYS,
         )  # fmt: skip
         weights, grad_scores = weights_and_grad_scores(
-            q, k, v, grad, lse[:, None], delta[:, None], keep, scale * 1.4426950408889634, PRECISION
-        )
+            q, k, v, grad, lse[:, None], delta[:, None], keep, scale * 1.4426950408889634, softcap,
+            HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
         dq = tl.dot(grad_scores.to(k.dtype), k, dq, input_precision=PRECISION)
     head = kv_head * G + (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)) % G
     at = batch.to(tl.int64) * stride_dq[0] + head.to(tl.int64) * stride_dq[1] + query.to(tl.int64) * stride_dq[2]
@@ -175,10 +186,10 @@ def query_gradient_kernel(
 @triton.jit(do_not_specialize=["kv_heads", "query_len", "key_len"])
 def key_value_gradient_kernel(
     Q, K, V, GRAD_OUT, LSE, DELTA, DK, DV_OUT, Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING,
-    stride_q, stride_k, stride_v, stride_grad, stride_dk, stride_dv, kv_heads, query_len, key_len, ints, scale,
+    stride_q, stride_k, stride_v, stride_grad, stride_dk, stride_dv, kv_heads, query_len, key_len, ints, scale, softcap,
     VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, BOUNDS: tl.constexpr, READS_KEYS: tl.constexpr,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
-    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     G: tl.constexpr, SHARING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
@@ -232,7 +243,7 @@ def key_value_gradient_kernel(
             query = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)) // G
             position_shift, request_value, query_value, query_min, query_max = row_operands(
                 query, query < query_len, batch, query_len, Q_START, QUERY_VALUES, REQUEST_VALUES,
-                HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES,
+                HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES, HAS_KEY_VALUES,
             )  # fmt: skip
             first_query = row_tile * BLOCK_M // G + position_shift
             last_query = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // G, query_len - 1) + position_shift
@@ -251,11 +262,12 @@ def key_value_gradient_kernel(
                 qk_scale = scale * 1.4426950408889634
                 if KEYS_FIRST:
                     weights, grad_scores = weights_and_grad_scores(
-                        k, q, grad, v, lse[None, :], delta[None, :], tl.trans(keep), qk_scale, PRECISION
-                    )
+                        k, q, grad, v, lse[None, :], delta[None, :], tl.trans(keep), qk_scale, softcap,
+                        HAS_SOFTCAP, PRECISION,
+                    )  # fmt: skip
                 else:
                     weights, grad_scores = weights_and_grad_scores(
-                        q, k, v, grad, lse[:, None], delta[:, None], keep, qk_scale, PRECISION
+                        q, k, v, grad, lse[:, None], delta[:, None], keep, qk_scale, softcap, HAS_SOFTCAP, PRECISION
                     )
                     weights, grad_scores = tl.trans(weights), tl.trans(grad_scores)
                 dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)

@@ -14,11 +14,11 @@ from custom_ops.kernels.tile import attend, load_query, tile_of_program
 def forward_kernel(
     Q, K, V, OUT, LSE, Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING,
     stride_q, stride_k, stride_v, stride_out,
-    kv_heads, query_len, key_len, heads, ints, scale,
+    kv_heads, query_len, key_len, heads, ints, scale, softcap,
     VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, BOUNDS: tl.constexpr,
     READS_KEYS: tl.constexpr, MAY_BE_FULL: tl.constexpr,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
-    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     G: tl.constexpr, SHARING: tl.constexpr, HEADS_TOGETHER: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
@@ -45,7 +45,7 @@ def forward_kernel(
         stride_k[2], stride_v[2], Q_START, QUERY_VALUES, REQUEST_VALUES, KEY_VALUES, KEY_PADDING, ints, scale,
         VISIBLE, KEY_VISIBLE, BOUNDS, READS_KEYS, MAY_BE_FULL, HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES,
         HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION, BLOCK_M, BLOCK_N, D, D_PAD, DV, DV_PAD,
-        q_high, DESCRIPTORS,
+        q_high, DESCRIPTORS, softcap, HAS_SOFTCAP,
     )  # fmt: skip
     value_columns = tl.arange(0, DV_PAD)
     out_at = batch.to(tl.int64) * stride_out[0] + head.to(tl.int64) * stride_out[1] + query.to(tl.int64) * stride_out[2]

@@ -24,7 +24,14 @@ from custom_ops.kernels.tile_config import (
 
 
 def forward(
-    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, scale: float, config: TileConfig | None = None
+    form: Form,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Slots,
+    scale: float,
+    softcap: float = 0.0,
+    config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``form``.
 
@@ -36,7 +43,7 @@ def forward(
         return unseeing_outputs(query, value)
     out, lse = empty_outputs(query, value)
     query, key, value = (unit_last_stride(t) for t in (query, key, value))
-    call = _Call(form, query, key, value, slots)
+    call = _Call(form, query, key, value, slots, softcap)
     config = config or forward_config(
         call.architecture, query.dtype, head_dim, value_dim, call.width, call.descriptors_fit
     )
@@ -50,7 +57,7 @@ def forward(
         forward_kernel[grid](
             query, key, value, out, lse, *call.operand_pointers,
             query.stride()[:3], key.stride()[:3], value.stride()[:3],
-            out.stride()[:3], kv_heads, query.shape[2], key_len, heads, call.ints, scale,
+            out.stride()[:3], kv_heads, query.shape[2], key_len, heads, call.ints, scale, softcap,
             **call.constants, MAY_BE_FULL=may_be_full(call.mask, slots.ints, config.block_n), HEADS_TOGETHER=together,
             DESCRIPTORS=config.descriptors,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -69,6 +76,7 @@ def backward(
     lse: Tensor,
     slots: Slots,
     scale: float,
+    softcap: float = 0.0,
     config: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; see ``custom_ops/kernels/backward.py``. ``config`` overrides the shipped tiling."""
@@ -79,7 +87,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     query, key, value, out = (unit_last_stride(t) for t in (query, key, value, out))
     grad_out = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
-    call = _Call(form, query, key, value, slots)
+    call = _Call(form, query, key, value, slots, softcap)
     config = config or backward_config(call.architecture, query.dtype, head_dim, value_dim)
     delta = torch.empty_like(lse)
     delta_rows = min(64, 16384 // call.constants["DV_PAD"])  # 64 rows of 512 spill 296 bytes on Blackwell
@@ -89,7 +97,7 @@ def backward(
         **call.constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    sizes = (kv_heads, query_len, key_len, call.ints, scale)
+    sizes = (kv_heads, query_len, key_len, call.ints, scale, softcap)
     with on_device_of(query):
         backward_kernels.delta_kernel[(triton.cdiv(query_len, delta_rows) * batch * query.shape[1],)](
             grad_out, out, delta if grad_lse is None else grad_lse.contiguous(), delta,
@@ -115,7 +123,7 @@ def backward(
 class _Call:
     """What the forward and the backward launches of one call share."""
 
-    def __init__(self, form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots) -> None:
+    def __init__(self, form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, softcap: float) -> None:
         self.mask = form.mask_of(slots)
         functions = mask_functions(self.mask)
         self.group = query.shape[1] // key.shape[1]
@@ -128,6 +136,7 @@ class _Call:
                 head_dim=query.shape[3],
                 value_dim=value.shape[3],
                 dtype=query.dtype,
+                softcap=softcap,
             ),
             "VISIBLE": functions.visible,
             "KEY_VISIBLE": functions.key_visible,

@@ -43,7 +43,15 @@ def kernel_operands(slots: Slots) -> dict[str, Any]:
 
 
 def constants(
-    mask: Mask, slots: Slots, *, group: int, sharing: int, head_dim: int, value_dim: int, dtype: torch.dtype
+    mask: Mask,
+    slots: Slots,
+    *,
+    group: int,
+    sharing: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    softcap: float,
 ) -> dict[str, Any]:
     """The constants that do not depend on the tiling, by their names in ``custom_ops/kernels/tile.py``.
 
@@ -52,6 +60,7 @@ def constants(
     return {
         "READS_KEYS": mask.per_key != sympy.true,
         **{f"HAS_{name}": operand is not None for name, operand in kernel_operands(slots).items()},
+        "HAS_SOFTCAP": softcap != 0,
         "PRECISION": dot_precision(dtype),
         "G": group,
         "SHARING": sharing,

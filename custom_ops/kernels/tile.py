@@ -9,6 +9,7 @@ Legend
     anchor          where a row tile's key tiles start: at its first visible key where that costs nothing, else at 0
     DESCRIPTORS     K and V are read by tensor descriptors (the GPU's bulk copy engine) instead of pointers
     ints, ...value  the mask's operands by slot (custom_ops/mask_printing.py)
+    softcap         where HAS_SOFTCAP, a scaled score s counts as softcap * tanh(s / softcap)
 
 Softmax runs online in base 2: ``qk_scale`` is scale * log2(e). Keys of partial tiles go through the mask's predicate;
 keys of full tiles, which every row sees, do not. Per-key operands (padding, ids) are read and applied in every tile.
@@ -107,12 +108,28 @@ def keep_scores(
 
 
 @triton.jit
+def tanh_of_scores(scores, qk_scale, softcap):
+    """``tanh(s / softcap)``, where ``s * log2(e)`` is ``scores * qk_scale``.
+
+    ``1 - 2 / (exp(2x) + 1)`` is right at both ends, where exp is 0 or infinite, but off by a rounding of 1 whatever x
+    is, which the cap multiplies: near 0 a series takes over.
+    """
+    # Never infinite: 0 * inf is NaN.
+    doubled = scores * tl.minimum(qk_scale * 2.0 / softcap, 3e38)
+    x = doubled * 0.34657359027997264
+    square = x * x
+    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
+    return tl.where(square < 0.0625, x * series, 1.0 - 2.0 / (tl.exp2(doubled) + 1.0))
+
+
+@triton.jit
 def attend_tiles(
     acc, row_sum, row_max, q, q_high, q_position, query_value, request_value, ints,
     K, K_HIGH, V, stride_kn, stride_vn, KEY_VALUES, KEY_PADDING,
-    anchor, first_tile, tiles, jump_after, jump, key_len, qk_scale,
+    anchor, first_tile, tiles, jump_after, jump, key_len, qk_scale, softcap,
     VISIBLE: tl.constexpr, KEY_VISIBLE: tl.constexpr, PARTIAL: tl.constexpr, READS_KEYS: tl.constexpr,
-    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over ``tiles`` key tiles from ``first_tile`` on.
@@ -143,18 +160,23 @@ def attend_tiles(
             HIGH: tl.constexpr = q_high.shape[1]
             k_high = load_key_rows(K_HIGH, start, offsets, stride_kn, valid, LOW, D - LOW, HIGH, CHECKED, DESCRIPTORS)
             scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
+        if HAS_SOFTCAP:
+            scores = tanh_of_scores(scores, qk_scale, softcap)
+            to_base_2 = softcap * 1.4426950408889634
+        else:
+            to_base_2 = qk_scale
         if CHECKED:
             keep = keep_scores(
                 q_position, key, valid, ints, request_value, query_value, key_value, key_padding,
                 VISIBLE, KEY_VISIBLE, PARTIAL, READS_KEYS,
             )  # fmt: skip
             scores = tl.where(keep, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * to_base_2)
         shift = new_max
         if CHECKED:
             # A row that has seen nothing yet has maximum -inf: subtract 0 instead, -inf - -inf is NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores * qk_scale - shift[:, None])
+        weights = tl.exp2(scores * to_base_2 - shift[:, None])
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         acc = acc * correction[:, None]
@@ -186,10 +208,12 @@ def lowest_and_highest(low, high, other_low, other_high):
 def row_operands(
     query, row_valid, batch, query_len, Q_START, QUERY_VALUES, REQUEST_VALUES,
     HAS_Q_START: tl.constexpr, HAS_QUERY_VALUES: tl.constexpr, HAS_REQUEST_VALUES: tl.constexpr,
+    MEETS_KEYS: tl.constexpr = False,
 ):  # fmt: skip
     """Positions and per-query operands of the rows, the request's operand, the per-query operand's range.
 
-    The range is over the valid rows.
+    The range is over the valid rows. MEETS_KEYS: the operand is compared with one of the keys' own, so all its bits
+    count.
     """
     position_shift = 0
     if HAS_Q_START:
@@ -203,11 +227,13 @@ def row_operands(
     if HAS_QUERY_VALUES:
         values = QUERY_VALUES + batch.to(tl.int64) * query_len
         # 64-bit ids past 32 bits see what the nearest 32-bit id sees: positions are 32-bit.
-        query_value = tl.load(values + query, mask=row_valid, other=0)
-        query_value = tl.minimum(tl.maximum(query_value, -2147483648), 2147483647).to(tl.int32)
+        whole_value = tl.load(values + query, mask=row_valid, other=0)
+        query_value = tl.minimum(tl.maximum(whole_value, -2147483648), 2147483647).to(tl.int32)
         low = tl.where(row_valid, query_value, 2147483647)
         high = tl.where(row_valid, query_value, -2147483648)
         query_min, query_max = tl.reduce((low, high), 0, lowest_and_highest)
+        if MEETS_KEYS:
+            query_value = whole_value
     return position_shift, request_value, query_value, query_min, query_max
 
 
@@ -221,7 +247,7 @@ def attend(
     HAS_KEY_VALUES: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    q_high=None, DESCRIPTORS: tl.constexpr = False,
+    q_high=None, DESCRIPTORS: tl.constexpr = False, softcap=0.0, HAS_SOFTCAP: tl.constexpr = False,
 ):  # fmt: skip
     """Attention of one tile of rows against the keys and values at K and V (already at batch and KV head).
 
@@ -235,7 +261,7 @@ def attend(
     tl.static_assert(not (DESCRIPTORS and HAS_KEY_PADDING), "descriptors read hidden keys too, and 0 * NaN is NaN")
     position_shift, request_value, query_value, query_min, query_max = row_operands(
         query, row_valid, batch, query_len, Q_START, QUERY_VALUES, REQUEST_VALUES,
-        HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES,
+        HAS_Q_START, HAS_QUERY_VALUES, HAS_REQUEST_VALUES, HAS_KEY_VALUES,
     )  # fmt: skip
     lo_any, lo_all, hi_all, hi_any = BOUNDS(
         first_query + position_shift, last_query + position_shift, key_len, ints, request_value, query_min, query_max
@@ -275,8 +301,8 @@ def attend(
         acc, row_sum, row_max = attend_tiles(
             acc, row_sum, row_max, q, q_high, q_position, query_value, request_value, ints,
             keys, keys_high, values, stride_kn, stride_vn, KEY_VALUES + keys_before, KEY_PADDING + keys_before,
-            anchor, full_first, full_end - full_first, 0, 0, key_len, qk_scale,
-            VISIBLE, KEY_VISIBLE, False, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION,
+            anchor, full_first, full_end - full_first, 0, 0, key_len, qk_scale, softcap,
+            VISIBLE, KEY_VISIBLE, False, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, HAS_SOFTCAP, PRECISION,
             BLOCK_N, D, D_PAD, DV, DV_PAD, DESCRIPTORS,
         )  # fmt: skip
         partial_tiles = full_first - first + end - full_end
@@ -284,8 +310,8 @@ def attend(
     acc, row_sum, row_max = attend_tiles(
         acc, row_sum, row_max, q, q_high, q_position, query_value, request_value, ints,
         keys, keys_high, values, stride_kn, stride_vn, KEY_VALUES + keys_before, KEY_PADDING + keys_before,
-        anchor, first, partial_tiles, full_first - first, jump, key_len, qk_scale,
-        VISIBLE, KEY_VISIBLE, True, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, PRECISION,
+        anchor, first, partial_tiles, full_first - first, jump, key_len, qk_scale, softcap,
+        VISIBLE, KEY_VISIBLE, True, READS_KEYS, HAS_KEY_VALUES, HAS_KEY_PADDING, HAS_SOFTCAP, PRECISION,
         BLOCK_N, D, D_PAD, DV, DV_PAD, DESCRIPTORS,
     )  # fmt: skip
     sees_nothing = row_sum == 0.0

@@ -31,7 +31,9 @@ WIDE_VALUES = {
 CPU_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
+def unsupported_reasons(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue], softcap: float = 0.0
+) -> list[str]:
     """Return what flex_attention refuses about these inputs (torch 2.11 to 2.15)."""
     reasons = []
     if q.device.type == "cpu":
@@ -60,11 +62,12 @@ def run(
     v: Tensor,
     operands: Mapping[str, OperandValue],
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Return [B, Hq, Lq, Dv] in q's dtype; rows that see nothing are 0."""
     if q.is_cuda and not torch.compiler.is_compiling():
-        return _compiled()(form, q, k, v, operands, scale)
-    return _flex(form, q, k, v, operands, scale)
+        return _compiled()(form, q, k, v, operands, scale, softcap)
+    return _flex(form, q, k, v, operands, scale, softcap)
 
 
 @functools.cache
@@ -79,6 +82,7 @@ def _flex(
     v: Tensor,
     operands: Mapping[str, OperandValue],
     scale: float | None,
+    softcap: float,
 ) -> Tensor:
     k, v = clear_padded(k, v, operands.get("key_padding"))  # type: ignore[arg-type]
     q_start = operands.get("q_start")
@@ -88,7 +92,16 @@ def _flex(
     block_mask = create_block_mask(mask_mod, batch, None, q.shape[2], k.shape[2], device=q.device)
     # Flex tiles by the keys' head dim alone, and needs more shared memory than there is where values are wider.
     tiling = WIDE_VALUES if q.is_cuda and v.shape[3] > max(q.shape[3], 128) else None
+
+    def cap(score: Tensor, *indices: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
     attend = functools.partial(
-        flex_attention, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=tiling
+        flex_attention,
+        score_mod=cap if softcap else None,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=tiling,
     )
     return by_value_head(attend, q, k, v)

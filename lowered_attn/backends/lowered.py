@@ -14,7 +14,9 @@ NAME = "lowered"
 DEVICES = ("cpu", "cuda", "meta")
 
 
-def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
+def unsupported_reasons(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue], softcap: float = 0.0
+) -> list[str]:
     """Only devices that the ops have no kernel for are refused, and float64 on CUDA."""
     if q.device.type not in DEVICES:
         known = " and ".join(DEVICES)
@@ -31,7 +33,8 @@ def run(
     v: Tensor,
     operands: Mapping[str, OperandValue],
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Call the op; return [B, Hq, Lq, Dv], token-major in memory, so that merging the heads is a view."""
-    out, _ = form.op(q, k, v, **operands, scale=scale)
+    out, _ = form.op(q, k, v, **operands, scale=scale, softcap=softcap)
     return out

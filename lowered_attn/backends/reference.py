@@ -14,7 +14,9 @@ from custom_ops.reference import reference_attention
 NAME = "reference"
 
 
-def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
+def unsupported_reasons(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue], softcap: float = 0.0
+) -> list[str]:
     """Nothing: the reference runs whatever the form accepts."""
     return []
 
@@ -26,8 +28,9 @@ def run(
     v: Tensor,
     operands: Mapping[str, OperandValue],
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Compute in fp32 (fp64 for fp64 inputs); return [B, Hq, Lq, Dv] in q's dtype."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    out, _ = reference_attention(q, k, v, form, operands, scale, dtype)
+    out, _ = reference_attention(q, k, v, form, operands, scale, dtype, softcap)
     return out.to(q.dtype)

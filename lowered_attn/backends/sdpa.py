@@ -22,9 +22,11 @@ from lowered_attn.backends.shared_values import by_value_head
 NAME = "sdpa"
 
 
-def unsupported_reasons(form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue]) -> list[str]:
-    """Nothing: SDPA has a path for every device, dtype, head dim and mask that a form accepts."""
-    return []
+def unsupported_reasons(
+    form: Form, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, OperandValue], softcap: float = 0.0
+) -> list[str]:
+    """Only a soft-cap: SDPA has a path for every device, dtype, head dim and mask that a form accepts."""
+    return [f"scaled_dot_product_attention has no soft-cap, got softcap={softcap:g}"] if softcap else []
 
 
 def run(
@@ -34,6 +36,7 @@ def run(
     v: Tensor,
     operands: Mapping[str, OperandValue],
     scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Return [B, Hq, Lq, Dv] in q's dtype; rows that see nothing are 0, with zero gradients."""
     grouped = q.shape[1] != k.shape[1]

@@ -69,9 +69,15 @@ SHARED_VALUES = [
     Case("full_self", torch.float32, (3, 3), (127, 127), (96, 512), "some", value_heads=1),
 ]
 """Values that all heads or groups of them share, wider than the keys."""
-CASES = [*(case_of(form, dim) for dim in range(len(DIMS)) for form in range(len(FORMS))), *SHARED_VALUES]
-COMPILED = [*(case_of(form, dim) for dim in (1, 2, 6) for form in range(len(FORMS))), *SHARED_VALUES]
-"""Every form with every dtype, for one common and two odd head dims; shared values."""
+CAPPED = [
+    Case("full_self", torch.bfloat16, (8, 2), (127, 127), (128, 128), softcap=1.0),
+    Case("sliding_self", torch.float16, (8, 4), (127, 127), (256, 256), "some", True, softcap=50.0, band=70),
+    Case("segment_cross", torch.float32, (6, 6), (127, 127), (64, 64), softcap=3.0),
+    Case("full_self", torch.float32, (4, 2), (127, 127), (96, 96), "some", softcap=30.0),
+]
+CASES = [*(case_of(form, dim) for dim in range(len(DIMS)) for form in range(len(FORMS))), *SHARED_VALUES, *CAPPED]
+COMPILED = [*(case_of(form, dim) for dim in (1, 2, 6) for form in range(len(FORMS))), *SHARED_VALUES, *CAPPED]
+"""Every form with every dtype, for one common and two odd head dims; shared values; capped scores."""
 BF16 = {name: next(c for c in CASES if c.form == name and c.dtype == torch.bfloat16) for name in FORMS}
 
 
@@ -125,8 +131,8 @@ def test_eager_is_as_exact_as_the_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled_is_as_exact_as_the_reference(case: Case) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
-        return FORMS[case.form].op(q, k, v, **operands, scale=scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        return FORMS[case.form].op(q, k, v, **arguments)
 
     step = compiled(attend, dynamic=False)
     for _ in range(2):  # the first call compiles, which allocates: only the second meets poisoned memory alone
@@ -241,9 +247,9 @@ def test_autocast_eager_and_compiled(name: str) -> None:
     call, _, exact, allowed = expected(BF16[name])
     wide = call.to(torch.float32)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
-            return call.form.op(q, k, v, **operands, scale=scale)
+            return call.form.op(q, k, v, **arguments)
 
     for step in (attend, compiled(attend)) if name == "sliding_self" else (attend,):
         results = run(step, wide, cotangents(call))
@@ -261,8 +267,8 @@ def test_cuda_graphs_replay_with_new_inputs_and_operands(name: str, training: bo
     case = dataclasses.replace(BF16[name], padding="some", q_start=True)
     form = FORMS[name]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
-        out, lse = form.op(q, k, v, **operands, scale=scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = form.op(q, k, v, **arguments)
         return out * 2, lse
 
     with compat.config.patch({"triton.cudagraph_or_error": True}):
@@ -299,8 +305,8 @@ def test_fifty_shapes_compile_once(name: str) -> None:
     form = FORMS[name]
     backend = CompileCounterWithBackend("lowered_attn")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **operands: Any) -> tuple[Tensor, Tensor]:
-        return form.op(q, k, v, **operands, scale=scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        return form.op(q, k, v, **arguments)
 
     step = compiled(attend, backend=backend, dynamic=True)
     random.seed(0)

@@ -59,10 +59,11 @@ def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 def interpret(call: Call, grads: Grads = None, tiling: TileConfig = SMALL) -> Results:
     """Results of the kernels; gradients where ``grads`` are given."""
     slots, scale = call.form.slots(call.operands), default_scale(call.q, call.scale)
-    out, lse = launch.forward(call.form, *call.qkv, slots, scale, tiling)
+    out, lse = launch.forward(call.form, *call.qkv, slots, scale, call.softcap, tiling)
     if grads is None:
         return Results(out, lse)
-    return Results(out, lse, *launch.backward(call.form, *grads, *call.qkv, out, lse, slots, scale, tiling))
+    gradients = launch.backward(call.form, *grads, *call.qkv, out, lse, slots, scale, call.softcap, tiling)
+    return Results(out, lse, *gradients)
 
 
 def cases(name: str) -> list[Any]:
@@ -77,6 +78,7 @@ def cases(name: str) -> list[Any]:
         "may_be_full": (None, True, False),
         "heads_together": (None, 1, 2),
         "batch": (2, 3),
+        "softcap": (0.0, 0.7),
     }
     params = []
     for row in pairwise(factors):
@@ -153,10 +155,20 @@ def test_any_strides(name: str) -> None:
 
 @on_forms
 def test_gradients_through_lse_alone_and_out_alone(name: str) -> None:
-    call = make(Case(name, lengths=(20, 20), dims=(16, 24), scale=0.3))
+    call = make(Case(name, lengths=(20, 20), dims=(16, 24), scale=0.3, softcap=0.7))
     grad_out, grad_lse = cotangents(call)
     for grads in ((grad_out, None), (None, grad_lse)):
         assert_as_exact_as_the_reference(interpret(call, grads), call, grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [1e-37, 0.01, 1.0, 5.0, 50.0, 1e30])
+def test_a_soft_cap_of_any_size(softcap: float, dtype: torch.dtype) -> None:
+    """Scores of up to about 15: all of them at the cap, some, or none."""
+    case = Case("sliding_self", dtype, lengths=(33, 33), scale=1.0, softcap=softcap, padding="some", band=20)
+    call = make(case)
+    grads = cotangents(call)
+    assert_as_exact_as_the_reference(interpret(call, grads), call, grads)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
@@ -179,7 +191,9 @@ def test_rows_that_see_nothing_give_zero_and_pass_no_gradient(name: str, padding
     call = make(Case(name, padding=padding, q_start=True, heads=(2, 1)))
     results = interpret(call, cotangents(call))
     blind = ~dense_mask(call.form, call.q, call.k, call.operands).any(-1).expand_as(results.lse)
-    assert blind.any() and (padding == "all") == bool(blind.all())
+    # In both directions half of the keys are enough for every query.
+    assert bool(blind.any()) == (name != "bidirectional" or padding == "all")
+    assert bool(blind.all()) == (padding == "all")
     assert torch.equal(results.lse == -math.inf, blind)
     assert torch.count_nonzero(results.out[blind]) == 0 and torch.count_nonzero(results.dq[blind]) == 0
     grad_out, grad_lse = cotangents(call)
@@ -233,3 +247,12 @@ def test_head_dims_that_are_cut_in_two(dims: tuple[int, int]) -> None:
     """Up to three quarters of a power of two, q and k are multiplied in two parts: 96 is 64 + 32."""
     call = make(Case("sliding_self", dims=dims))
     assert_as_exact_as_the_reference(interpret(call), call)
+
+
+@pytest.mark.parametrize("name", ["document", "document_causal"])
+def test_document_ids_count_with_all_their_bits(name: str) -> None:
+    call = make(Case(name))
+    for operand in ("query_documents", "key_documents"):
+        call.operands[operand] = call.operands[operand] << 40
+    grads = cotangents(call)
+    assert_as_exact_as_the_reference(interpret(call, grads), call, grads)

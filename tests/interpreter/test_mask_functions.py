@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from custom_ops.forms import FORMS
 from custom_ops.kernels.mask_functions import decorated_source, mask_functions, reads_keys
 from custom_ops.kernels.tile import key_tiles, load_key_operands, row_operands
 from custom_ops.mask_drawing import tile_classes
@@ -31,7 +32,7 @@ def describe_tile(
     row_valid = query < query_len
     shift, request_value, query_value, query_min, query_max = row_operands(
         query, row_valid, tl.program_id(1), query_len, Q_START, QUERY_VALUES, REQUEST_VALUES, True, HAS_QUERY_VALUES,
-        HAS_REQUEST_VALUES,
+        HAS_REQUEST_VALUES, HAS_KEY_VALUES,
     )  # fmt: skip
     last = tl.minimum(first + BLOCK_M - 1, query_len - 1)
     lo_any, lo_all, hi_all, hi_any = BOUNDS(
@@ -111,11 +112,11 @@ def kinds(tiles: list[int], count: int) -> list[str]:
     ]
 
 
-FORM_MASKS = [BY_NAME[name] for name in ("full_self", "sliding_self", "segment_cross")]
+FORM_MASKS = [form.mask for form in FORMS.values()]
 MASKS = [
     *(pytest.param(mask, id=f"{mask.name}-padded") for mask in FORM_MASKS),
     *(pytest.param(mask.specialise([]), id=mask.name) for mask in FORM_MASKS),
-    *(pytest.param(BY_NAME[name], id=name) for name in ("block_causal", "prefix_lm", "document", "sink_and_window")),
+    *(pytest.param(BY_NAME[name], id=name) for name in ("block_causal", "sink_and_window")),
 ]
 
 
