@@ -12,12 +12,26 @@ from typing import Any
 
 from inductor_passes import decisions
 
-__all__ = ["LIBRARY_OPTION", "compile_with_passes", "decisions"]
+__all__ = ["BLOCK_MASKS_OPTION", "CHOSEN", "LIBRARY_OPTION", "RECOGNISE_OPTION", "compile_with_passes", "decisions"]
 
+BLOCK_MASKS_OPTION = "trust_block_masks"
+"""An option of our own in ``torch.compile(..., options=)``, False by default.
+
+True says that FlexAttention's BlockMasks that come from outside of the compiled code are made by ``create_block_mask``
+of the ``mask_mod`` that they carry, which nothing in the graph can prove.
+"""
+
+CHOSEN = "lowered_attn.backend"
+"""Key of ``torch.fx.traceback.annotate`` for code that was chosen by name: no spelling is recognised in it."""
 LIBRARY_OPTION = "library_kernels"
-"""The one option of our own in ``torch.compile(..., options=)``.
+"""An option of our own in ``torch.compile(..., options=)``, True by default.
 
 False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper one of paged attention.
+"""
+RECOGNISE_OPTION = "recognise"
+"""The other option of our own, True by default.
+
+False leaves attention that the user wrote without our ops, such as ``scaled_dot_product_attention``, as it is.
 """
 
 

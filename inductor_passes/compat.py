@@ -19,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm, realize_inputs
 from torch._inductor.virtualized import V, ops
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 __all__ = [
@@ -68,6 +69,18 @@ VIEWS = tuple(
     if overload in packet.overloads()
 )
 """Views in a functional graph that keep the order of elements: one of the same shape is the same tensor."""
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of sizes holds for all of them, adding no guard."""
+    return statically_known_true(condition)
+
+
+def without_levels(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside functorch's wrappers (``vmap``, ``grad``), which have no memory of their own."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def mode_options(mode: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from inductor_passes import LIBRARY_OPTION, compat, store
+from inductor_passes import BLOCK_MASKS_OPTION, LIBRARY_OPTION, RECOGNISE_OPTION, compat, store
 from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
 from inductor_passes.graph_pass import Chain, GraphPass
 from inductor_passes.group import GroupForms
 from inductor_passes.library import PreferLibrary
 from inductor_passes.paged_lowering import PreferPortable
+from inductor_passes.recognise import Recognise
 from inductor_passes.separate_caches import SeparateCaches
 from inductor_passes.share_angles import ShareAngles
 from inductor_passes.share_schedule import ShareSchedule
@@ -32,10 +33,14 @@ def compile_with_passes(
 ) -> Any:
     """Compile ``gm``; ``mode`` and ``options`` mean what they mean for Inductor. Returns the compiled callable.
 
-    One option is our own: ``library_kernels`` (True by default); False keeps every form and every paged call on our
-    templates, which Inductor can fuse into, also where another kernel was measured faster. A pass that the user has in
-    the same hook, through ``options`` or Inductor's config, runs after ours. A graph that reads or writes a KV cache
-    starts from ``compat.serving_options``, which ``mode`` and ``options`` override, and computes RoPE's angles once.
+    Two options are our own, both True by default. ``library_kernels=False`` keeps every form and every paged call on
+    our templates, which Inductor can fuse into, also where another kernel was measured faster. ``recognise=False``
+    leaves attention that is written without our ops as it is; else what means a form becomes its op first. A third,
+    ``trust_block_masks`` (False by default), takes the user's word that FlexAttention's BlockMasks from outside of the
+    graph were made by ``create_block_mask`` of their own ``mask_mod``. A pass that
+    the user has in the same hook, through ``options`` or Inductor's config, runs after ours. A graph that reads or
+    writes a KV cache starts from ``compat.serving_options``, which ``mode`` and ``options`` override, and computes
+    RoPE's angles once.
     """
     if keywords:
         raise TypeError(f"backend 'lowered_attn': expected mode and options, got also {sorted(keywords)}; remove them")
@@ -43,18 +48,33 @@ def compile_with_passes(
     if mode is not None and mode != "default":
         patches.update(compat.mode_options(mode))
     patches.update({name.replace("-", "_"): value for name, value in (options or {}).items()})
+    trust_block_masks = patches.pop(BLOCK_MASKS_OPTION, False)
+    recognise = [Recognise(trust_block_masks)] if patches.pop(RECOGNISE_OPTION, True) else []
+    for one in recognise:
+        recognise_in(gm, one)
     serving = serves(gm)
     if serving:
         store.check_caches(gm)
         patches = {**compat.serving_options(), **patches}
     prefer = PreferLibrary() if patches.pop(LIBRARY_OPTION, True) else PreferPortable()
-    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), GroupForms()]
+    group = GroupForms(reports=not recognise)
+    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group]
     if serving:
         ours.append(ShareAngles())
     users = patches.get(HOOK, getattr(compat.config, HOOK))
     users_passes = list(users) if isinstance(users, (list, tuple)) else [users] if users is not None else []
-    patches[HOOK] = Chain(*ours, *users_passes)
+    patches[HOOK] = Chain(*ours, *users_passes, after=recognise)
     return compat.compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def recognise_in(gm: torch.fx.GraphModule, recognise: Recognise) -> None:
+    """Run the pass on a graph as Dynamo made it and on the graphs inside it, such as checkpointed layers."""
+    for module in list(gm.modules()):
+        if isinstance(module, torch.fx.GraphModule):
+            before = recognise.rewritten
+            recognise(module.graph)
+            if recognise.rewritten != before:
+                module.recompile()
 
 
 def serves(gm: torch.fx.GraphModule) -> bool:

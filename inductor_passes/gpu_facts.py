@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class GpuFacts:
@@ -99,3 +101,36 @@ def gpu_facts(arch: str) -> GpuFacts:
     if arch not in GPUS:
         raise ValueError(f"arch: expected one of {', '.join(GPUS)}, got {arch!r}")
     return GPUS[arch]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most a card can do, for a roofline: dense matrix products, and memory."""
+
+    bandwidth: float
+    """Bytes a second."""
+    sixteen_bits: float
+    """Floating-point operations a second of matrix products in bfloat16 or float16, without sparsity."""
+    single: float
+    """The same in IEEE float32, which the matrix units do not have."""
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Operations a second for inputs of that dtype, as our kernels compute them now.
+
+        float32 is IEEE arithmetic unless torch's matmul precision allows TF32, which runs at half of 16 bits' rate.
+        """
+        if dtype != torch.float32:
+            return self.sixteen_bits
+        return self.single if torch.get_float32_matmul_precision() == "highest" else self.sixteen_bits / 2
+
+
+_PEAKS = {
+    "sm_80": Peak(bandwidth=2.039e12, sixteen_bits=312e12, single=19.5e12),
+    "sm_90": Peak(bandwidth=4.8e12, sixteen_bits=989e12, single=67e12),
+    "sm_100": Peak(bandwidth=8e12, sixteen_bits=2250e12, single=75e12),
+}
+
+
+def peak(arch: str) -> Peak:
+    """The data sheet's numbers for the card of `GPUS` with this architecture; ValueError for any other."""
+    return _PEAKS[gpu_facts(arch).arch]

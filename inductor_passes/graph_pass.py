@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import torch
 
@@ -63,8 +64,10 @@ class GraphPass(CustomGraphPass, abc.ABC):
 class Chain(CustomGraphPass):
     """Several passes where Inductor has room for one (up to torch 2.12)."""
 
-    def __init__(self, *passes: CustomGraphPass) -> None:
+    def __init__(self, *passes: CustomGraphPass, after: Sequence[CustomGraphPass] = ()) -> None:
         self.passes = passes
+        self.after = tuple(after)
+        """Passes that ran on Dynamo's graph, for which Inductor has no hook with a key."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for one in self.passes:
@@ -72,5 +75,5 @@ class Chain(CustomGraphPass):
 
     def uuid(self) -> object:
         """None, which turns the cache off, where a pass of the user's has no uuid."""
-        uuids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        uuids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in (*self.after, *self.passes)]
         return None if None in uuids else tuple(uuids)

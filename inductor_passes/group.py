@@ -18,7 +18,14 @@ OURS = "lowered_attn"
 
 
 class GroupForms(GraphPass):
-    """Rewrite every ``lowered_attn::<form>`` to ``lowered_attn::grouped_attention``, its operands sorted into slots."""
+    """Rewrite every ``lowered_attn::<form>`` to ``lowered_attn::grouped_attention``, its operands sorted into slots.
+
+    ``reports``: whether torch's own attention ops are recorded as left alone; ``Recognise`` says why it leaves one.
+    """
+
+    def __init__(self, reports: bool = True) -> None:
+        super().__init__()
+        self.reports = reports
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
         count = 0
@@ -27,7 +34,7 @@ class GroupForms(GraphPass):
             if form is not None:
                 _group(node, form)
                 count += 1
-            elif any(part in str(node.target) for part in TORCH_ATTENTION) and OURS not in node.meta:
+            elif self.reports and any(part in str(node.target) for part in TORCH_ATTENTION) and OURS not in node.meta:
                 _refuse(node)
         return count
 
@@ -62,7 +69,7 @@ def _refuse(node: torch.fx.Node) -> None:
 def slots_of(node: torch.fx.Node, form: Form) -> Slots:
     """The operands of a form op's node by slot: nodes and numbers where tensors and numbers will be."""
     operands = dict(zip(form.operand_names, node.args[3:], strict=False))
-    operands.update({name: argument for name, argument in node.kwargs.items() if name != "scale"})
+    operands.update({name: argument for name, argument in node.kwargs.items() if name not in ("scale", "softcap")})
     return form.slots({name: operands.get(name) for name in form.operand_names})  # type: ignore[misc]
 
 
@@ -75,12 +82,15 @@ def _group(node: torch.fx.Node, form: Form) -> None:
     if scale is None:
         scale = int(q_shape[3]) ** -0.5
     node.target = torch.ops.lowered_attn.grouped_attention.default
-    node.args = (query, key, value, *slots[:-1], form.name, list(slots.ints), scale)
+    softcap = node.kwargs.get("softcap", 0.0)
+    node.args = (query, key, value, *slots[:-1], form.name, list(slots.ints), scale, softcap)
     node.kwargs = {}
     group = q_shape[1] // k_shape[1]
     heads = f"{group} query head{'' if group == 1 else 's'} each"
     if v_shape[1] != k_shape[1]:
         heads += f", which share {v_shape[1]} value head{'' if v_shape[1] == 1 else 's'}"
+    if softcap:
+        heads += f", scores capped at {softcap:g}"
     decisions.record(
         decisions.Decision(
             "grouped", form.name, node.name, f"grouped_attention over {k_shape[1]} KV heads, {heads}",

@@ -87,6 +87,26 @@ def test_values_that_heads_share_are_not_for_torchs_kernel(value_heads: int, val
         torch.testing.assert_close(mine, other)
 
 
+def test_a_soft_cap_is_not_for_torchs_kernel() -> None:
+    """Even where all else fits it: torch's CPU kernel has none."""
+
+    def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return OPS.full_self(q, k, v, softcap=2.0)[0]
+
+    arguments = inputs(33, requires_grad=True)[:3]
+    with decisions.recording() as log:
+        out = torch.compile(capped, backend="lowered_attn", fullgraph=True)(*arguments)
+    grouped, lowered = log.records
+    assert grouped.detail.endswith("2 query heads each, scores capped at 2")
+    assert lowered.facts["kernel"] == "cpu_chunks" and lowered.detail.startswith("explicit scores, capped")
+    expected = capped(*arguments)
+    torch.testing.assert_close(out, expected)
+    assert (expected - OPS.full_self(*arguments)[0]).abs().max() > 0.01
+    ours, theirs = (torch.autograd.grad(o.square().sum(), arguments) for o in (out, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_backward_does_not_run_the_forward_again() -> None:
     """The forward's out and lse are saved, not recomputed: each graph holds one attention op."""
     with decisions.recording() as log:
@@ -146,14 +166,15 @@ def test_fifty_random_shapes_compile_twice_at_most() -> None:
 
 
 def test_only_form_ops_are_grouped() -> None:
-    """A near miss: torch's own attention beside ours stays torch's."""
+    """A near miss: torch's own attention beside ours stays torch's where nobody asked to recognise it."""
 
     def both(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         return gated(q, k, v, gate) + gated_by_sdpa(q, k, v, gate)
 
     arguments = inputs(21)
     with decisions.recording() as log:
-        out = torch.compile(both, backend="lowered_attn", options={"force_disable_caches": True})(*arguments)
+        options = {"force_disable_caches": True, "recognise": False}
+        out = torch.compile(both, backend="lowered_attn", options=options)(*arguments)
     torch.testing.assert_close(out, 2 * gated_by_sdpa(*arguments))
     assert [d.stage for d in log.records] == ["grouped", "refused", "lowered"]
     (name, before, after) = log.graphs[0]
