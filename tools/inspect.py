@@ -2,17 +2,22 @@
 
     python -m tools.inspect --case causal_prefill --arch sm_90
     python -m tools.inspect --case causal_prefill --arch sm_90 --resources
+    python -m tools.inspect --case train_causal_small --page inspect.html
     python -m tools.inspect --list
 
-`--eager` shows the kernels that the case's op launches outside of Inductor instead: without torch.compile, and, for the
-backward of a training case, from a compiled graph too.
+The browser of named cases; `lowered-attn inspect` is the same for a user's own code. `--eager` shows the kernels that
+the case's op launches outside of Inductor instead: without torch.compile, and, for the backward of a training case,
+from a compiled graph too.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +26,12 @@ from custom_ops.form import default_scale, empty_outputs
 from custom_ops.op import kernels_for
 from inductor_passes import LIBRARY_OPTION
 from inductor_passes.gpu_facts import GPUS
-from inductor_passes.pretend_gpu import Generated, compile_launches, generate, pretend_gpu
-from inductor_passes.resources import Resources, compile_kernel, read_resources
+from inductor_passes.pretend_gpu import Generated, generate, pretend_gpu
+from inductor_passes.resources import Resources, compile_kernel
 from lowered_attn.compile import backend
+from lowered_attn.inspect import page
+from lowered_attn.inspect.capture import Inspection, backward_kernels, inspect_target, launched_by
+from lowered_attn.inspect.target import Target
 from tools.cases import CASES, Case
 
 
@@ -33,17 +41,30 @@ def generate_case(case: Case, arch: str) -> Generated:
     The backward is compiled too where the case has one. Raises ValueError for an unknown `arch`.
     """
     with pretend_gpu(arch) as gpu:
-        with gpu.fake_tensors():
-            arguments = case.inputs("cuda", requires_grad=case.backward).arguments
-        # Integers belong to the model, tensors to the call: a window is a constant of the compiled code.
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        integers = {name: value for name, value in arguments.items() if name not in tensors}
-
-        def attend(*values: Tensor) -> Tensor:
-            return case.form.op(**dict(zip(tensors, values, strict=True)), **integers, scale=case.scale)[0]
-
+        attend, tensors = _call_of(case, gpu.fake_tensors())
         # A library's kernel has no code to show.
-        return generate(attend, *tensors.values(), backend=backend, options={LIBRARY_OPTION: False})
+        return generate(attend, *tensors, backend=backend, options={LIBRARY_OPTION: False})
+
+
+def inspect_case(case: Case, arch: str) -> Inspection:
+    """The same as `lowered-attn inspect` collects it. Raises ValueError for an unknown `arch`."""
+    with pretend_gpu(arch) as gpu:
+        mode = gpu.fake_tensors()
+        attend, tensors = _call_of(case, mode)
+        return inspect_target(Target(case.name, attend, tensors, {}), gpu, mode)
+
+
+def _call_of(case: Case, fake_tensors: AbstractContextManager[Any]) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The case's op as a function of tensors, and these. Its integers belong to the model: constants of the code."""
+    with fake_tensors:
+        arguments = case.inputs("cuda", requires_grad=case.backward).arguments
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    integers = {name: value for name, value in arguments.items() if name not in tensors}
+
+    def attend(*values: Tensor) -> Tensor:
+        return case.form.op(**dict(zip(tensors, values, strict=True)), **integers, scale=case.scale)[0]
+
+    return attend, tuple(tensors.values())
 
 
 def eager_kernels(case: Case, arch: str) -> list[Resources]:
@@ -59,13 +80,11 @@ def eager_kernels(case: Case, arch: str) -> list[Resources]:
         form, qkv = case.form, (inputs.query, inputs.key, inputs.value)
         slots, scale = form.slots(inputs.operands), default_scale(inputs.query, case.scale)
         kernels = kernels_for(inputs.query.device)
-        compiled = compile_launches(lambda *tensors: kernels.forward(form, *tensors, slots, scale), *qkv)
+        launched = launched_by(lambda *tensors: kernels.forward(form, *tensors, slots, scale), arch, *qkv)
         if case.backward:
-            compiled += compile_launches(
-                lambda grad, *tensors: kernels.backward(form, grad, None, *tensors, slots, scale),
-                grad_out, *qkv, out, lse,
-            )  # fmt: skip
-        return [read_resources(kernel, arch) for kernel in compiled]
+            arguments = (grad_out, None, *qkv, out, lse, *slots[:-1], form.name, slots.ints, scale)
+            launched += backward_kernels(arguments, arch)
+        return launched
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--eager", action="store_true", help="the kernels launched outside of Inductor: resources or PTX"
     )
+    parser.add_argument("--page", type=Path, help="write the page of `lowered-attn inspect` to this file instead")
     options = parser.parse_args(arguments)
     if options.list:
         width = max(map(len, CASES))
@@ -89,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.case is None:
         parser.error(f"--case: expected one of {', '.join(CASES)}, got none")
     case = CASES[options.case]
+    if options.page is not None:
+        options.page.write_text(page.render(inspect_case(case, options.arch)), encoding="utf-8")
+        return 0
     if options.eager:
         for kernel in eager_kernels(case, options.arch):
             _show(kernel, options.ptx, options.resources or not options.ptx)
