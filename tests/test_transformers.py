@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -446,9 +447,10 @@ def test_sinks_of_a_model_are_refused() -> None:
         model(tokens())
 
 
-def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.9.1")
-    with pytest.raises(ImportError, match=r"expected transformers 5\.17 or newer, got 5\.9\.1; pip install"):
+@pytest.mark.parametrize("version", ["5.9.1", "5.23.0"])
+def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=rf"expected transformers 5\.17, got {re.escape(version)}; pip install"):
         integration.register()
 
 

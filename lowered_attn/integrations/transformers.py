@@ -28,23 +28,25 @@ try:
     from transformers.modeling_utils import AttentionInterface
 except ImportError as error:
     raise ImportError(
-        "lowered_attn.integrations.transformers: expected transformers 5.17 or newer, got an import that failed "
+        "lowered_attn.integrations.transformers: expected transformers 5.17, got an import that failed "
         f"({error}); pip install 'lowered-attn[transformers]'"
     ) from error
 
 NAME = "lowered_attn"
 PAGED_NAME = "paged|lowered_attn"
 """What Transformers' continuous batching calls; it takes "lowered_attn" too and adds the prefix itself."""
-OLDEST = (5, 17)
+SUPPORTED = (5, 17)
+"""The one release series that is tested: what is read of masks, caches and batches is nobody's public promise, and 5.23
+differs in static caches and in continuous batching."""
 
 
 def register() -> None:
-    """Register both implementations, which importing this module has done already. ImportError for old Transformers."""
+    """Register both implementations, which importing this module has done already. ImportError for other releases."""
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < OLDEST:
+    if version != SUPPORTED:
         raise ImportError(
-            f"lowered_attn.integrations.transformers: expected transformers {'.'.join(map(str, OLDEST))} or newer, got "
-            f"{transformers.__version__}; pip install -U 'lowered-attn[transformers]'"
+            f"lowered_attn.integrations.transformers: expected transformers {'.'.join(map(str, SUPPORTED))}, got "
+            f"{transformers.__version__}; pip install 'lowered-attn[transformers]'"
         )
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, form_mask)
