@@ -99,7 +99,7 @@ def attention(call: PagedCall, config: PagedConfig | None = None) -> tuple[Tenso
 
 
 def _launch_attention(call: PagedCall, config: PagedConfig, made: Tensor, out: Tensor, lse: Tensor) -> None:
-    _check_fp8(call.q, call.k_cache)
+    _check_fp8(call.op, call.q, call.k_cache)
     _check_cache_strides(call)
     k = call.k if call.k is None else unit_last_stride(call.k)
     # Of latents nothing is read as a value: keys stand for values, as their tokens lie.
@@ -155,7 +155,7 @@ def _store(
 ) -> None:  # fmt: skip
     if k.numel() == 0:
         return
-    _check_fp8(k, k_cache)
+    _check_fp8("store_kv_cache", k, k_cache)
     has_values = v is not None and v_cache is not None
     # Any tensor stands for one that is absent: the kernel does not read or write it.
     k = unit_last_stride(k)
@@ -179,17 +179,17 @@ def _store(
         )  # fmt: skip
 
 
-def _check_fp8(like: Tensor, cache: Tensor) -> None:
+def _check_fp8(op: str, like: Tensor, cache: Tensor) -> None:
     if cache.dtype == FP8 and like.is_cuda and architecture(like.device) < FP8_ARCHITECTURE:
         fail(
-            "paged_attention", "k_cache", "float16 or bfloat16 below compute capability 8.9", "float8_e4m3fn",
+            op, "k_cache", "float16 or bfloat16 below compute capability 8.9", "float8_e4m3fn",
             "keep the caches in q's dtype on this GPU",
         )  # fmt: skip
 
 
 def _check_cache_strides(call: PagedCall) -> None:
     keys, values = call.cache_layout.key_tokens(call.k_cache), call.cache_layout.value_tokens(call.v_cache)
-    for name, stride in (("k_cache", keys.stride(4)), ("v_cache", values.stride(3))):
-        if stride != 1 and (name == "k_cache" or call.layout == "unified"):
+    for name, stride in zip(call.cache_names, (keys.stride(4), values.stride(3)), strict=False):
+        if stride != 1 and (name != "v_cache" or call.layout == "unified"):
             remedy = "allocate it in the layout's own order"
-            fail("paged_attention", name, "its last dimension without gaps", f"stride {stride}", remedy)
+            fail(call.op, name, "its last dimension without gaps", f"stride {stride}", remedy)

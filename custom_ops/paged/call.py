@@ -85,6 +85,11 @@ class PagedCall:
         return "paged_attention"
 
     @property
+    def cache_names(self) -> tuple[str, ...]:
+        """What the op calls its caches, for messages: k_cache, and v_cache where it is not a view of it."""
+        return "k_cache", "v_cache"
+
+    @property
     def value_dim(self) -> int | None:
         """Elements of a value where values are the first elements of keys (``LatentCall``), else None."""
         return None
@@ -140,6 +145,10 @@ class LatentCall(PagedCall):
     @property
     def op(self) -> str:
         return "paged_latent_attention"
+
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        return ("latent_cache",)
 
     @property
     def value_dim(self) -> int:

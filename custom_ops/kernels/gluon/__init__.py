@@ -18,12 +18,14 @@ def consumers_of(block_m: int, latent: bool) -> int:
     return LATENT_CONSUMERS if latent else block_m // 64
 
 
-def counters_of(block_m: int, latent: bool) -> int:
-    """Counters a program and head block: consumers combine the parts of split items by themselves, each its own.
+def counters_a_consumer(latent: bool) -> int:
+    """Counters of arrived parts: parts of latents are combined in two steps (``results.meet_in_groups``)."""
+    return 2 if latent else 1
 
-    Of latents in two steps (``results.meet_in_groups``).
-    """
-    return consumers_of(block_m, latent) * (2 if latent else 1)
+
+def counters_of(block_m: int, latent: bool) -> int:
+    """Counters a program and head block: consumers combine the parts of split items by themselves, each its own."""
+    return consumers_of(block_m, latent) * counters_a_consumer(latent)
 
 
 def unsupported_reasons(

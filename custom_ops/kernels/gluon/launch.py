@@ -69,8 +69,7 @@ def _keys_and_values(call: PagedCall, keys: Tensor, values: Tensor) -> tuple[Ten
 
 def _check(call: PagedCall) -> None:
     portable = "pass impl='triton_portable'"
-    names = ("latent_cache",) if call.latent else ("k_cache", "v_cache")
-    for name, cache in zip(names, (call.k_cache, call.v_cache), strict=False):
+    for name, cache in zip(call.cache_names, (call.k_cache, call.v_cache), strict=False):
         if not _heads_together(cache):
             got = f"strides {tuple(cache.stride())} at address {cache.data_ptr():#x}"
             fail(call.op, name, f"a token's heads without gaps, aligned to {ALIGNMENT} bytes", got, portable)

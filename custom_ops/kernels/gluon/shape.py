@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from custom_ops.kernels.gluon import consumers_of
+from custom_ops.kernels.gluon import consumers_of, counters_a_consumer
 from custom_ops.kernels.paged_config import resolve_shape_class
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class KernelShape:
     @property
     def counters(self) -> int:
         """Counters of arrived parts, a consumer."""
-        return 2 if self.grouped else 1
+        return counters_a_consumer(self.latent)
 
     @property
     def combined_rows(self) -> int:
