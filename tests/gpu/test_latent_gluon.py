@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from custom_ops.kernels.paged_config import PagedConfig
-from custom_ops.paged.call import LatentCall, PagedCall, empty_outputs
-from custom_ops.paged.schedule import ScheduleCall, config_of
+from custom_ops.paged.schedule import ScheduleCall
 from custom_ops.paged.schedule_layout import MODE
 from tests.latent_cases import LatentCase, changed, latent_case, make
+from tests.launches import attend_on_hopper as attend
+from tests.launches import hopper_config, poison_outputs
 from tests.paged_cases import LENGTHS, assert_as_exact_as_the_reference
 
 LENGTHS["latent long"] = ((518, 4, 4), (0, 3, 3), (700, 1, 1), (64, 2, 1), (63, 1, 1), (1111, 1, 1))
@@ -50,26 +48,7 @@ CASES = (
 
 @pytest.fixture
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from custom_ops.kernels import paged_launch
-
-    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
-
-    monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
-
-
-def gluon_config(call: LatentCall) -> PagedConfig:
-    if torch.cuda.get_device_capability(call.q.device) != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    config = config_of(ScheduleCall.of(call))
-    assert config.kernel == "gluon"
-    return config
-
-
-def attend(call: LatentCall, **changes: Any) -> tuple[Tensor, Tensor]:
-    from custom_ops.kernels import paged_launch
-
-    return paged_launch.attention(call, dataclasses.replace(gluon_config(call), **changes))
+    poison_outputs(monkeypatch)
 
 
 @pytest.mark.gpu
@@ -92,7 +71,7 @@ def test_results_repeat_bit_for_bit_however_items_are_dealt_out(
     from custom_ops.kernels import paged_launch
 
     call = make(deepseek(lengths, heads), "cuda")
-    config = dataclasses.replace(gluon_config(call), programs=programs, tolerance=tolerance)
+    config = dataclasses.replace(hopper_config(call), programs=programs, tolerance=tolerance)
     schedule = paged_launch.schedule(ScheduleCall.of(call), config)
     before = schedule.clone()
     assert int(schedule[MODE]) == mode
@@ -112,7 +91,7 @@ def test_heads_do_not_depend_on_their_block() -> None:
     for first, heads in ((0, 64), (64, 64)):
         own = changed(call, q=call.q[:, first : first + heads])
         # As many programs, so that items are split at the same keys.
-        one, one_lse = attend(own, programs=gluon_config(call).programs)
+        one, one_lse = attend(own, programs=hopper_config(call).programs)
         assert torch.equal(out[:, first : first + heads], one) and torch.equal(lse[:, first : first + heads], one_lse)
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from custom_ops.kernels.gluon import unsupported_reasons
-from custom_ops.kernels.paged_config import PagedConfig
-from custom_ops.paged.call import PagedCall, empty_outputs
-from custom_ops.paged.schedule import ScheduleCall, config_of
+from custom_ops.paged.schedule import ScheduleCall
 from custom_ops.paged.schedule_layout import MODE
+from tests.launches import attend_on_hopper as attend
+from tests.launches import hopper_config, poison_outputs
 from tests.paged_cases import LENGTHS, PagedCase, assert_as_exact_as_the_reference, changed, make
 
 LENGTHS["long ragged"] = tuple((97 * i * i % 1501, 1 + 41 * i % 130, 1 + 41 * i % 130) for i in range(9))
@@ -43,26 +42,7 @@ CASES = (
 
 @pytest.fixture
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from custom_ops.kernels import paged_launch
-
-    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
-
-    monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
-
-
-def gluon_config(call: PagedCall) -> PagedConfig:
-    if torch.cuda.get_device_capability(call.q.device) != (9, 0):
-        pytest.skip("needs a Hopper GPU")
-    config = config_of(ScheduleCall.of(call))
-    assert config.kernel == "gluon"
-    return config
-
-
-def attend(call: PagedCall, **changes: Any) -> tuple[Tensor, Tensor]:
-    from custom_ops.kernels import paged_launch
-
-    return paged_launch.attention(call, dataclasses.replace(gluon_config(call), **changes))
+    poison_outputs(monkeypatch)
 
 
 @pytest.mark.gpu
@@ -84,7 +64,7 @@ def test_results_repeat_bit_for_bit_however_items_are_dealt_out(
     from custom_ops.kernels import paged_launch
 
     call = changed(make(dataclasses.replace(BASE, lengths="long ragged"), "cuda"), shape_class=shape_class)
-    config = dataclasses.replace(gluon_config(call), programs=programs, tolerance=tolerance)
+    config = dataclasses.replace(hopper_config(call), programs=programs, tolerance=tolerance)
     schedule = paged_launch.schedule(ScheduleCall.of(call), config)
     before = schedule.clone()
     assert int(schedule[MODE]) == mode

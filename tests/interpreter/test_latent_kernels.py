@@ -6,21 +6,19 @@ or page ids out of range, wherever nothing must be read.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from custom_ops.kernels import paged_launch
-from custom_ops.kernels.paged_config import PagedConfig, paged_config
-from custom_ops.paged.call import PagedCall, empty_outputs
 from custom_ops.paged.schedule import ScheduleCall
 from custom_ops.paged.schedule_layout import PROGRAM_FIELDS
 from tests.helpers import pairwise
 from tests.latent_cases import SPLITS, LatentCase, arguments, changed, latent_case, make
+from tests.launches import interpreted_config as config_of
+from tests.launches import poison_outputs
 from tests.paged_cases import PagedCase, assert_as_exact_as_the_reference, floors
 from tests.paged_cases import make as make_paged
 
@@ -34,25 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
-
-    monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
-
-
-def config_of(call: PagedCall, head_blocks: int | None = None, **changes: Any) -> PagedConfig:
-    """The interpreter's tiling of ``call``, changed where asked; ``head_blocks`` as the shipped tilings cut them."""
-    sizes = call.cache_sizes
-    heads = call.q.shape[1]
-    found = paged_config(
-        0, 1, call.impl, "decode", call.q.dtype, call.k_cache.dtype, heads, sizes.kv_heads, sizes.head_dim,
-        sizes.page_size, call.layout, value_dim=call.value_dim,
-    )  # fmt: skip
-    if head_blocks is not None:
-        padded = 1 << (-(-heads // sizes.kv_heads // head_blocks) - 1).bit_length()
-        changes.update(head_blocks=head_blocks, counters_per_program=head_blocks, padded_group=padded)
-        changes["block_m"] = max(padded, changes.get("block_m", 16))
-    return dataclasses.replace(found, **changes)
+    poison_outputs(monkeypatch)
 
 
 def cases() -> list[Any]:

@@ -6,7 +6,6 @@ the mask's expression. ``tests.paged_cases.make`` puts NaN, or page ids out of r
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from custom_ops.kernels import paged_launch
-from custom_ops.kernels.paged_config import INTERPRETED_PROGRAMS, PagedConfig, paged_config
-from custom_ops.paged.call import PagedCall, empty_outputs
+from custom_ops.kernels.paged_config import INTERPRETED_PROGRAMS, PagedConfig
+from custom_ops.paged.call import PagedCall
 from custom_ops.paged.layout import FP8, CacheSizes, empty_caches
 from custom_ops.paged.masks import paged_mask
 from custom_ops.paged.schedule import ScheduleCall
@@ -28,6 +27,8 @@ from custom_ops.paged.schedule_layout import (
     ScheduleLayout,
 )
 from tests.helpers import pairwise
+from tests.launches import interpreted_config as config_of
+from tests.launches import poison_outputs
 from tests.paged_cases import PagedCase, changed, floors, lay_out_keys, lay_out_values, make
 
 pytestmark = [
@@ -42,20 +43,7 @@ MODES = ("causal", "plain", "block_causal", "prefix_full", "prefix_causal", "cac
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(call: PagedCall) -> tuple[Tensor, ...]:
-        return tuple(t.fill_(math.nan) for t in empty_outputs(call))
-
-    monkeypatch.setattr(paged_launch, "empty_outputs", poisoned)
-
-
-def config_of(call: PagedCall, **changes: Any) -> PagedConfig:
-    """The interpreter's tiling of ``call``, changed where asked."""
-    sizes = call.cache_sizes
-    found = paged_config(
-        0, 1, call.impl, "decode", call.q.dtype, call.k_cache.dtype, call.q.shape[1], sizes.kv_heads, sizes.head_dim,
-        sizes.page_size, call.layout,
-    )  # fmt: skip
-    return dataclasses.replace(found, **changes)
+    poison_outputs(monkeypatch)
 
 
 def oracle(call: PagedCall) -> tuple[Tensor, Tensor]:
