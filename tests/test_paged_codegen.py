@@ -259,6 +259,16 @@ def test_stores_into_the_caches_are_masked_by_the_slot(layout: str, cache_dtype:
 
 @on_layouts
 @on_caches
+def test_a_slot_is_loaded_once_a_row(layout: str, cache_dtype: torch.dtype) -> None:
+    """Not once more for every element of k and v, inside the mask."""
+    (source,) = store(layout, cache_dtype, True).kernels.values()
+    (slots,) = re.findall(r"'(\w+)': '\*i64'", source)
+    (load,) = re.findall(rf"tl\.load\({slots} .*", source)
+    assert "broadcast_to" not in load, load
+
+
+@on_layouts
+@on_caches
 def test_the_store_compiles_without_spills(layout: str, cache_dtype: torch.dtype) -> None:
     """Inductor's autotuner drops the tilings that spill: one must remain."""
     (source,) = store(layout, cache_dtype, True).kernels.values()

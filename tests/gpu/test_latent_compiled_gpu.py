@@ -71,6 +71,11 @@ def launches(code: str) -> int:
     return code.split("def call(", 1)[1].split("def get_args", 1)[0].count(".run(")
 
 
+def statements(code: str) -> str:
+    """The code without its comments, which name the ops that it was made from."""
+    return "\n".join(line for line in code.splitlines() if not line.lstrip().startswith("#"))
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 24])
 @pytest.mark.parametrize("reads", [False, True], ids=["stored", "stored and read"])
 def test_the_fused_store_writes_the_bits_of_the_eager_one(page_size: int, reads: bool) -> None:
@@ -80,7 +85,7 @@ def test_the_fused_store_writes_the_bits_of_the_eager_one(page_size: int, reads:
     with torch.no_grad():
         expected = eager(*given)
         actual, code = run_and_get_code(compiled(fused), *given)
-    assert "torch.ops.lowered_attn" not in code[0] and launches(code[0]) == 1
+    assert "torch.ops.lowered_attn" not in statements(code[0]) and launches(code[0]) == 1
     assert not reads or torch.equal(actual, expected)
     assert torch.equal(fused.cache.view(torch.int16), eager.cache.view(torch.int16))
     assert fused.cache.isnan().any() and not fused.cache.isnan().all()
