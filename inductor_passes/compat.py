@@ -17,7 +17,7 @@ from torch._inductor import config, ir, lowering
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.ops_handler import OpsHandler
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm, realize_inputs
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
@@ -50,7 +50,6 @@ __all__ = [
     "multiple_of",
     "ops",
     "permute",
-    "realize_inputs",
     "realized",
     "register_lowering",
     "select",
@@ -130,8 +129,19 @@ def empty_strided(size: Sequence[Any], dtype: torch.dtype, device: torch.device)
 
 
 def unit_last_stride(box: Any) -> Any:
-    """The value with a unit stride in its last dimension, copied only where it has none."""
-    return ir.ExternKernel.require_stride1(box)
+    """The value in memory with a unit stride in its last dimension, for good; copied only where it has another.
+
+    Inductor's ``require_stride1`` is content with a unit stride in any dimension, and leaves open layouts open: the
+    scheduler of 2.11 then laid rotated queries out with the head dim outermost. An open layout becomes token-major,
+    which is how projections write heads ``[B, H, S, D]``.
+    """
+    box = ir.ExternKernel.realize_input(box)
+    if isinstance(box.get_layout(), ir.FlexibleLayout):
+        dims = len(box.get_size())
+        return ir.ExternKernel.require_stride_order(box, [3, 1, 2, 0] if dims == 4 else list(reversed(range(dims))))
+    if V.graph.sizevars.statically_known_equals(box.get_stride()[-1], 1):
+        return box
+    return ir.ExternKernel.require_contiguous(box)
 
 
 def contiguous(box: Any) -> Any:

@@ -98,7 +98,7 @@ def _lower_to_template(
         _record(form_name, "nothing to compute: no queries", kernel="none")
         out = compat.empty_strided(out_size, dtype, device)
         return compat.permute(out, (0, 2, 1, 3)), compat.empty_strided(lse_size, torch.float32, device)
-    query, key, value = (compat.unit_last_stride(t) for t in compat.realize_inputs(query, key, value))
+    query, key, value = (compat.unit_last_stride(t) for t in (query, key, value))
     operands = {name: compat.contiguous(t) for name, t in kernel_operands(slots).items() if t is not None}
     lse = compat.empty_strided(lse_size, torch.float32, device)
     writes_lse = output_is_read(compat.current_node(), 1)

@@ -120,16 +120,16 @@ def _lower_to_template(boxes: _Boxes, example: PagedCall, config: PagedConfig) -
         **({"LSE": lse} if writes_lse else {}),
     }
     given = {
-        "Q": compat.realize_inputs(boxes.q),
-        "PAGE_TABLES": compat.realize_inputs(boxes.page_tables),
+        "Q": compat.unit_last_stride(boxes.q),
+        "PAGE_TABLES": compat.unit_last_stride(boxes.page_tables),
         **written,
     }
     # Caches stay as they are, whatever their strides.
     caches = {"K_CACHE": boxes.k_cache, "V_CACHE": boxes.v_cache}
     given |= {n: compat.realized(t) for n, t in caches.items() if t is not None}
-    given |= {n: compat.realize_inputs(t) for n, t in (("K", boxes.k), ("V", boxes.v)) if t is not None}
+    given |= {n: compat.unit_last_stride(t) for n, t in (("K", boxes.k), ("V", boxes.v)) if t is not None}
     whole = {"SCHEDULE": boxes.schedule, "SINKS": boxes.sinks, "K_SCALE": boxes.k_scale, "V_SCALE": boxes.v_scale}
-    given |= {n: compat.contiguous(compat.realize_inputs(t)) for n, t in whole.items() if t is not None}
+    given |= {n: compat.contiguous(compat.realized(t)) for n, t in whole.items() if t is not None}
     if boxes.v is not None and constants["SAME_STRIDES"]:
         # The compiler may lay k and v out in another way than eager code would.
         rows_apart = (given[name].get_stride()[0] for name in ("K", "V"))

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -229,6 +230,25 @@ def collect_generated_code(
 
     _replace(stack, AsyncCompile, triton=keep)
     _replace_static(stack, GraphLowering, save_output_code=on_wrapper)
+
+
+def let_modules_convert(stack: contextlib.ExitStack) -> None:
+    """Let `Module.to` change the dtype of fake parameters, as users' modules do when they are imported.
+
+    It swaps them with the converted ones, which torch refuses while weak references point to either: those of the fake
+    mode's memo of what it has seen.
+    """
+    swap = torch.utils.swap_tensors
+
+    def swap_forgotten(one: torch.Tensor, other: torch.Tensor) -> None:
+        for tensor in (one, other):
+            if isinstance(tensor, FakeTensor):
+                memo = tensor.fake_mode.fake_tensor_converter.meta_converter.tensor_memo
+                for key in [key for key, seen in memo.items() if seen is tensor]:
+                    del memo[key]
+        swap(one, other)
+
+    _replace(stack, torch.utils, swap_tensors=swap_forgotten)
 
 
 def settle_inductor(stack: contextlib.ExitStack) -> None:

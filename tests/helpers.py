@@ -196,6 +196,8 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
         return inside.copy_(t)
     if layout == "expanded":
         return t[:1].expand_as(t)
+    if layout == "head_dim_first":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
     if layout == "strided_last":
         return t.new_full((*t.shape, 2), math.nan)[..., 0].copy_(t)
     return t

@@ -43,9 +43,13 @@ MODEL = """
             return self.layers(x)
 
     trained, served = Two(), Two().eval()
+    converted = Two().eval().to(torch.bfloat16).requires_grad_(False)
 
     def example_inputs():
         return torch.randn(2, 128, 64)
+
+    def half_inputs():
+        return example_inputs().to(torch.bfloat16)
 
     def gated(q, k, v, gate):
         out = torch.ops.lowered_attn.sliding_self(q, k, v, 64)[0]
@@ -204,6 +208,11 @@ def test_a_serving_step_is_text_too(here: Path, capsys: pytest.CaptureFixture[st
     assert "page tables hold up to 16 tokens a request" in printed
     assert "one request, as an example: 40 tokens cached and 8 new ones" in printed and ".target sm_90a" in printed
     assert Structure((here / "page.html").read_text())
+
+
+def test_modules_change_their_dtype_when_they_are_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("users_model:converted", "--inputs", "half_inputs", "--text") == cli.OK
+    assert "torch.bfloat16" in capsys.readouterr().out
 
 
 def test_what_follows_a_graph_break_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

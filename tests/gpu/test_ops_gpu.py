@@ -160,10 +160,16 @@ def test_one_token(case: Case) -> None:
     assert_as_expected(case, FORMS[case.form].op)
 
 
-@pytest.mark.parametrize("layout", ["token_major", "sliced", "strided_last"])
-def test_strides(layout: str) -> None:
+@pytest.mark.parametrize("layout", ["token_major", "sliced", "strided_last", "head_dim_first"])
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_strides(layout: str, is_compiled: bool) -> None:
     case = dataclasses.replace(BF16["full_self"], layout=layout)
-    assert_as_expected(case, FORMS[case.form].op)
+    op = FORMS[case.form].op
+
+    def attend(*tensors: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        return op(*tensors, **arguments)
+
+    assert_as_expected(case, compiled(attend, dynamic=False) if is_compiled else op)
 
 
 @on_forms
