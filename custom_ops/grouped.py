@@ -20,8 +20,9 @@ from custom_ops.op import kernels_for, library, refuse_gradients
 
 _SLOTS = (
     "Tensor? key_padding, Tensor? q_start, Tensor? query_value, Tensor? key_value, Tensor? request_value, "
-    "str form, SymInt[] ints, float scale, float softcap=0.0"
+    "str form, SymInt[]? ints, float scale, float softcap=0.0"
 )
+# An empty list arrives as None where AOTInductor's C++ calls the op, so None is allowed for ints.
 
 library.define(
     f"grouped_attention(Tensor q, Tensor k, Tensor v, {_SLOTS}) -> (Tensor, Tensor)",
@@ -37,9 +38,9 @@ library.define(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor,
     key_padding: Tensor | None, q_start: Tensor | None, query_value: Tensor | None, key_value: Tensor | None,
-    request_value: Tensor | None, form: str, ints: Sequence[int], scale: float, softcap: float = 0.0,
+    request_value: Tensor | None, form: str, ints: Sequence[int] | None, scale: float, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints))
+    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints or ()))
     return kernels_for(q.device).forward(FORMS[form], q, k, v, slots, scale, softcap)
 
 
@@ -50,9 +51,9 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *slots: object) -> tuple[Tens
 def _backward(
     grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     key_padding: Tensor | None, q_start: Tensor | None, query_value: Tensor | None, key_value: Tensor | None,
-    request_value: Tensor | None, form: str, ints: Sequence[int], scale: float, softcap: float = 0.0,
+    request_value: Tensor | None, form: str, ints: Sequence[int] | None, scale: float, softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints))
+    slots = Slots(key_padding, q_start, query_value, key_value, request_value, tuple(ints or ()))
     return kernels_for(q.device).backward(FORMS[form], grad_out, grad_lse, q, k, v, out, lse, slots, scale, softcap)
 
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from inductor_passes import decisions
 
-__all__ = ["BLOCK_MASKS_OPTION", "CHOSEN", "LIBRARY_OPTION", "RECOGNISE_OPTION", "compile_with_passes", "decisions"]
+__all__ = [
+    "BLOCK_MASKS_OPTION",
+    "CHOSEN",
+    "LIBRARY_OPTION",
+    "RECOGNISE_OPTION",
+    "compile_with_passes",
+    "decisions",
+    "package_with_passes",
+]
 
 BLOCK_MASKS_OPTION = "trust_block_masks"
 """An option of our own in ``torch.compile(..., options=)``, False by default.
@@ -40,3 +48,10 @@ def compile_with_passes(gm: Any, example_inputs: Any, **keywords: Any) -> Any:
     from inductor_passes.compile import compile_with_passes as compile_now
 
     return compile_now(gm, example_inputs, **keywords)
+
+
+def package_with_passes(program: Any, path: Any, options: Any) -> Any:
+    """Package an exported program with AOTInductor and our passes; see ``inductor_passes.package``."""
+    from inductor_passes.package import package_with_passes as package_now
+
+    return package_now(program, path, options)

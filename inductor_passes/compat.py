@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as auto_functionalized
 from torch._inductor import config, ir, lowering
+from torch._inductor.codegen.common import TritonScratchWorkspace, get_device_op_overrides
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.ops_handler import OpsHandler
@@ -32,6 +33,7 @@ __all__ = [
     "TritonTemplate",
     "auto_functionalized",
     "calls_of",
+    "compile_and_package",
     "compile_fx",
     "config",
     "contiguous",
@@ -52,6 +54,7 @@ __all__ = [
     "permute",
     "realized",
     "register_lowering",
+    "scratch_is_safe",
     "select",
     "serving_options",
     "size_hint",
@@ -85,6 +88,12 @@ def without_levels(tensor: torch.Tensor) -> torch.Tensor:
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's config for a ``torch.compile`` mode; raises RuntimeError naming the modes for an unknown one."""
     return dict(torch._inductor.list_mode_options(mode))
+
+
+def compile_and_package(gm: torch.fx.GraphModule, inputs: tuple[Any, Any], path: Any, options: dict[str, Any]) -> Any:
+    """AOTInductor's package of an exported program's module; ``inputs``: example arguments and keywords."""
+    options = {**options, "aot_inductor.package": True}
+    return torch._inductor._aoti_compile_and_package_inner(gm, *inputs, package_path=path, inductor_configs=options)
 
 
 def serving_options() -> dict[str, Any]:
@@ -157,6 +166,18 @@ def static_int(value: Any) -> int:
 def size_hint(value: Any) -> int:
     """A representative value of a size, without a guard: for choosing, never for correctness."""
     return int(V.graph.sizevars.optimization_hint(value))
+
+
+def scratch_is_safe() -> bool:
+    """Whether a kernel of the graph may use Triton's scratch memory, as tensor descriptors made on the device do.
+
+    C++ wrappers, AOTInductor's among them, allocate one program's scratch for all programs in torch 2.11, which then
+    write past it.
+    """
+    if not V.graph.cpp_wrapper:
+        return True
+    lines, _ = get_device_op_overrides("cuda").cpp_scratch(0, TritonScratchWorkspace(1, str)) or ([], "")
+    return any("grid_0" in line for line in lines)
 
 
 class MaskedStore(NamedTuple):

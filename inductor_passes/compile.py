@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,16 @@ def compile_with_passes(
     patches: dict[str, Any] = {}
     if mode is not None and mode != "default":
         patches.update(compat.mode_options(mode))
-    patches.update({name.replace("-", "_"): value for name, value in (options or {}).items()})
+    patches.update(options or {})
+    return compat.compile_fx(gm, example_inputs, config_patches=with_passes(gm, patches))
+
+
+def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequence[GraphPass] = ()) -> dict[str, Any]:
+    """Inductor's config for ``gm``: ``options``, read as ``compile_with_passes`` says, and our passes, ``last`` behind.
+
+    Attention that ``gm`` writes without our ops is recognised at once, in ``gm`` itself.
+    """
+    patches = {name.replace("-", "_"): value for name, value in options.items()}
     trust_block_masks = patches.pop(BLOCK_MASKS_OPTION, False)
     recognise = [Recognise(trust_block_masks)] if patches.pop(RECOGNISE_OPTION, True) else []
     for one in recognise:
@@ -63,8 +72,8 @@ def compile_with_passes(
         ours.append(ShareAngles())
     users = patches.get(HOOK, getattr(compat.config, HOOK))
     users_passes = list(users) if isinstance(users, (list, tuple)) else [users] if users is not None else []
-    patches[HOOK] = Chain(*ours, *users_passes, after=recognise)
-    return compat.compile_fx(gm, example_inputs, config_patches=patches)
+    patches[HOOK] = Chain(*ours, *last, *users_passes, after=recognise)
+    return patches
 
 
 def recognise_in(gm: torch.fx.GraphModule, recognise: Recognise) -> None:

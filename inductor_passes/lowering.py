@@ -123,7 +123,8 @@ def _lower_to_template(
     template = attention_template.template_of(mask, tuple(operands), writes_lse)
     arch = architecture(device)
     width = mask.width_for(slots.ints)
-    fits = can_use_descriptors(arch, slots.key_padding is not None) and all(
+    may_use_descriptors = can_use_descriptors(arch, slots.key_padding is not None) and compat.scratch_is_safe()
+    fits = may_use_descriptors and all(
         compat.multiple_of(offset * dtype.itemsize, DESCRIPTOR_ALIGNMENT)
         for t in (key, value)
         for offset in (t.get_layout().offset, *t.get_stride()[:3])

@@ -1,6 +1,7 @@
 """Attention for torch.compile: a model says what it attends to, a form; the compiler decides how."""
 
 import lowered_attn._siblings  # noqa: F401  # first: it checks that custom_ops and inductor_passes are ours
+from lowered_attn.aoti import aoti_compile_and_package
 from lowered_attn.attn_impl import (
     Attention,
     reference_torch_attention,
@@ -38,6 +39,7 @@ __all__ = [
     "LatentAttention",
     "LatentCache",
     "UnsupportedBackendError",
+    "aoti_compile_and_package",
     "explain",
     "fetch_attn_metadata",
     "is_warming_up",

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from custom_ops.form import Form
 from custom_ops.forms import FORMS
 from custom_ops.masks import OperandValue
 from inductor_passes.compile import recognise_in
 from inductor_passes.decisions import Decision, recording
+from inductor_passes.package import erase_assertions
 from inductor_passes.recognise import Recognise
 
 Function = Callable[..., Any]
@@ -59,7 +60,7 @@ class Outcome:
     def count(self, name: str) -> int:
         """Nodes whose target is called so."""
         nodes = [node for graph in self.graphs for node in graph.graph.nodes]
-        return sum(getattr(n.target, "__name__", str(n.target)) == name for n in nodes)
+        return sum(getattr(n.target, "__name__", str(n.target)).partition(".")[0] == name for n in nodes)
 
 
 class _Recording(torch.fx.Interpreter):
@@ -92,6 +93,24 @@ def recognised(
     with recording() as log:
         result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
     return Outcome(result, calls, log.records, graphs)
+
+
+def recognised_in_export(function: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> Outcome:
+    """The same for the graph of an exported program, of static sizes."""
+    assert not dynamic
+
+    class Exported(nn.Module):
+        def forward(self, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    program = torch.export.export(Exported(), inputs)
+    gm = program.module(check_guards=False)
+    calls: list[Call] = []
+    erase_assertions(gm.graph)
+    with recording() as log:
+        recognise_in(gm, Recognise())
+    gm.graph.lint()
+    return Outcome(_Recording(gm, calls).run(*inputs), calls, log.records, [gm])
 
 
 # ------------------------------------------------------------------ scaled_dot_product_attention

@@ -332,7 +332,7 @@ def test_opcheck(case: LatentCase) -> None:
 def test_the_schemas_are_the_documented_ones() -> None:
     expected = (
         "(Tensor q, Tensor? latent, Tensor latent_cache, Tensor cu_seqlens_q, Tensor context_lens, Tensor page_tables, "
-        "Tensor? valid_lens, Tensor[] request_values, Tensor? schedule=None, *, int value_dim, float scale, "
+        "Tensor? valid_lens, Tensor[]? request_values, Tensor? schedule=None, *, int value_dim, float scale, "
         'str mode="causal", int block_size=1, int window=0, bool prefix_hole=False, float softcap=0., '
         'str impl="triton_grouped", str shape_class="auto") -> (Tensor, Tensor)'
     )

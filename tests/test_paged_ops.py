@@ -310,7 +310,7 @@ def test_opcheck(case: PagedCase) -> None:
 def test_the_schemas_are_the_documented_ones() -> None:
     arguments = (
         "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q, Tensor context_lens, "
-        "Tensor page_tables, Tensor? valid_lens, Tensor[] request_values, Tensor? schedule=None, Tensor? sinks=None, "
+        "Tensor page_tables, Tensor? valid_lens, Tensor[]? request_values, Tensor? schedule=None, Tensor? sinks=None, "
         'Tensor? k_scale=None, Tensor? v_scale=None, *, str mode="causal", int block_size=1, int window=0, '
         'bool prefix_hole=False, str layout="unified", float softcap=0., float? scale=None, '
         'str impl="triton_grouped", str shape_class="auto") -> (Tensor, Tensor)'

@@ -51,7 +51,8 @@ class PagedCall:
     valid_lens: Tensor | None
     """int32 ``[R]``, how many new tokens are real; all of them where None."""
     request_values: Sequence[Tensor]
-    """int32 ``[R]`` each: what the mode reads besides, see ``custom_ops.paged.masks.request_operand_names``."""
+    """int32 ``[R]`` each: what the mode reads besides, see ``custom_ops.paged.masks.request_operand_names``. None, as
+    which AOTInductor's C++ passes an empty list, is taken for one."""
     schedule: Tensor | None = None
     """What ``paged_schedule`` made of the same lengths; made by the op itself where None. CPUs need none."""
     sinks: Tensor | None = None
@@ -78,6 +79,9 @@ class PagedCall:
     """One of ``IMPLS``."""
     shape_class: str = "auto"
     """One of ``SHAPE_CLASSES``."""
+
+    def __post_init__(self) -> None:
+        no_none_for_a_list(self)
 
     @property
     def op(self) -> str:
@@ -153,6 +157,12 @@ class LatentCall(PagedCall):
     @property
     def value_dim(self) -> int:
         return self.first_elements
+
+
+def no_none_for_a_list(call: Any) -> None:
+    """Make None an empty list in ``request_values``, where ``paged_attention`` and ``paged_schedule`` have one."""
+    if call.request_values is None:
+        object.__setattr__(call, "request_values", ())
 
 
 def mask_of(call: Any) -> Mask:

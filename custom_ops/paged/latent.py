@@ -24,7 +24,7 @@ from custom_ops.paged.store import register_store
 
 _ARGUMENTS = (
     "(Tensor q, Tensor? latent, Tensor latent_cache, Tensor cu_seqlens_q, Tensor context_lens, Tensor page_tables, "
-    "Tensor? valid_lens, Tensor[] request_values, Tensor? schedule=None, *, int value_dim, float scale, "
+    "Tensor? valid_lens, Tensor[]? request_values, Tensor? schedule=None, *, int value_dim, float scale, "
     "str mode='causal', int block_size=1, int window=0, bool prefix_hole=False, float softcap=0.0, "
     "str impl='triton_grouped', str shape_class='auto')"
 )

@@ -10,7 +10,7 @@ Schedule and attention must tile alike, so both ask ``config_of``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from custom_ops.kernels.paged_config import PagedConfig, paged_config, resolve_s
 from custom_ops.kernels.specialise import architecture
 from custom_ops.masks import Mask
 from custom_ops.op import library
-from custom_ops.paged.call import PagedCall, mask_of
+from custom_ops.paged.call import PagedCall, mask_of, no_none_for_a_list
 from custom_ops.paged.checks import check_schedule
 
 
@@ -56,6 +56,9 @@ class ScheduleCall:
     shape_class: str = "auto"
     value_dim: int | None = None
     """Elements of a value where the cache holds latents, see ``PagedCall``."""
+
+    def __post_init__(self) -> None:
+        no_none_for_a_list(self)
 
     @classmethod
     def of(cls, call: PagedCall) -> ScheduleCall:
@@ -163,13 +166,26 @@ def _empty(call: ScheduleCall) -> Tensor:
     return call.context_lens.new_empty(call.size)
 
 
-library.define(
-    "paged_schedule(Tensor cu_seqlens_q, Tensor context_lens, Tensor? valid_lens, Tensor[] request_values, *, "
+def _by_names(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run_by_names(*arguments: Any, dtype: str, cache_dtype: str, **keywords: Any) -> Tensor:
+        return run(*arguments, dtype=getattr(torch, dtype), cache_dtype=getattr(torch, cache_dtype), **keywords)
+
+    return run_by_names
+
+
+_ARGUMENTS = (
+    "(Tensor cu_seqlens_q, Tensor context_lens, Tensor? valid_lens, Tensor[]? request_values, *, "
     "SymInt num_tokens, int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, "
     "ScalarType cache_dtype, bool direct, str mode='causal', int block_size=1, int window=0, bool prefix_hole=False, "
-    "str layout='unified', str impl='triton_grouped', str shape_class='auto', int? value_dim=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "str layout='unified', str impl='triton_grouped', str shape_class='auto', int? value_dim=None) -> Tensor"
 )
-library.impl("paged_schedule", _on_cpu, "CPU")
-library.impl("paged_schedule", _on_cuda, "CUDA")
-torch.library.register_fake(f"{NAMESPACE}::paged_schedule", _on_cpu, lib=library)
+
+for _name, _arguments, _on in (
+    ("paged_schedule", _ARGUMENTS, lambda run: run),
+    # Dtypes as "bfloat16": internal, for AOTInductor, whose calls from C++ get a ScalarType wrong in torch 2.11.
+    ("paged_schedule_by_names", _ARGUMENTS.replace("ScalarType", "str"), _by_names),
+):
+    library.define(f"{_name}{_arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, _on(_on_cpu), "CPU")
+    library.impl(_name, _on(_on_cuda), "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _on(_on_cpu), lib=library)

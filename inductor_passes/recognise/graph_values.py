@@ -50,17 +50,22 @@ def shape_of(node: Node) -> tuple[sympy.Expr, ...]:
 def name_of(node: Node) -> str:
     """What a node calls, the same for methods, functions, operators and aten ops, written in place or not."""
     target = node.target
-    if node.op == "call_method":
-        method = str(target)
-        special = method.startswith("__")  # functorch's wrapped operators
-        return _OPERATORS.get(method.strip("_"), method.strip("_")) if special else method.rstrip("_")
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2].rstrip("_")
+    own = _own_name(node)
+    if own:
+        special = own.startswith("__")  # functorch's wrapped operators, and aten's
+        return _OPERATORS.get(own.strip("_"), own.strip("_")) if special else own.rstrip("_")
     name = getattr(target, "__name__", str(target))
     if getattr(target, "__module__", "") == "_operator":
         in_place = name.startswith("i") and name[1:] in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor")
         return _OPERATORS.get(name[1:] if in_place else name, name[1:] if in_place else name)
     return name.rstrip("_")
+
+
+def _own_name(node: Node) -> str:
+    """The name of the method or the op that a node calls, as it is; empty where it calls something else."""
+    if node.op == "call_method":
+        return str(node.target)
+    return node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 _OPERATORS = {
@@ -77,7 +82,7 @@ class Writes:
         inputs = {key: example(n).dtype for n in graph.find_nodes(op="placeholder") for key in memory_of(n)}
         self._written: list[tuple[int, set[int]]] = []
         # A tensor that was reshaped in place has one example for before and after: nobody can tell what it was.
-        changed = (n.args[0] for n in graph.nodes if n.op == "call_method" and n.target in _RESHAPES and n.args)
+        changed = (n.args[0] for n in graph.nodes if _own_name(n) in _RESHAPES and n.args)
         self._reshaped = {key for n in changed if isinstance(n, Node) for key in memory_of(n)}
         for node, position in self.position.items():
             memory = {key for target in _written_by(node) for key in memory_of(target)}

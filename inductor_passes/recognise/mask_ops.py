@@ -206,6 +206,14 @@ def _tensor(reader: MaskReader, node: Node, index: Index, data: Any, **_: Any) -
     return _filled(reader, node, data)
 
 
+def _lifted(reader: MaskReader, node: Node, index: Index, input: Any) -> Value:
+    """``torch.tensor(0.0)`` in an exported program: a copy of a constant that the program holds."""
+    constant = getattr(node.graph.owning_module, str(input.target), None) if input.op == "get_attr" else None
+    if type(constant) is not torch.Tensor or constant.numel() != 1:
+        raise Unreadable(f"{node.name} is no constant of one number")
+    return _filled(reader, node, constant.item())
+
+
 def _filled(reader: MaskReader, node: Node, value: Any) -> Value:
     return converted(reader.broadcast(value, (), node), example(node).dtype)
 
@@ -230,6 +238,7 @@ OPS: dict[str, Rule] = {
     "fill": _fill,
     "tensor": _tensor,
     "scalar_tensor": _tensor,
+    "lift_fresh_copy": _lifted,
     "arange": _arange,
     "eye": _eye,
     "tril": _triangle(lower=True),
