@@ -3,9 +3,9 @@
     python -m tools.report            # writes README.md and the plots beside the data in tools/results
     python -m tools.report --check    # exit 1 where they are not what the data gives
 
-`dense.json` has to be there; `paged.json` and `whole_step.json` are reported where they are (see `tools.report_paged`
-and `tools.report_step`). No figure appears that is not in the data. A result that was wrong is shown as wrong, never
-with a time.
+`dense.json` has to be there; `paged.json`, `whole_step.json` and `models.json` are reported where they are (see
+`tools.report_paged`, `tools.report_step` and `tools.report_models`). No figure appears that is not in the data. A
+result that was wrong is shown as wrong, never with a time.
 """
 
 from __future__ import annotations
@@ -191,13 +191,14 @@ class Section:
 
 def sections() -> tuple[Section, ...]:
     """All of them, in README's order."""
-    from tools import report_paged, report_step
+    from tools import report_models, report_paged, report_step
 
     return (
         Section("dense", (BEGIN, END), block, lambda document: document["cases"], required=True),
         Section("paged", report_paged.MARKERS, report_paged.block, report_paged.plotted, required=False),
         Section("mla", report_paged.MLA_MARKERS, report_paged.block, report_paged.plotted, required=False),
         Section("whole_step", report_step.MARKERS, report_step.block, None, required=False),
+        Section("models", report_models.MARKERS, report_models.block, None, required=False),
     )
 
 
