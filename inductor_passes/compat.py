@@ -21,7 +21,7 @@ from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv, Max, Min, ModularIndexing
 
 __all__ = [
     "VIEWS",
@@ -42,6 +42,7 @@ __all__ = [
     "empty_strided",
     "equal",
     "example_arguments",
+    "expression",
     "fallback",
     "graph_breaks",
     "ir",
@@ -76,6 +77,21 @@ VIEWS = tuple(
 def surely(condition: bool | torch.SymBool) -> bool:
     """Whether a comparison of sizes holds for all of them, adding no guard."""
     return statically_known_true(condition)
+
+
+def expression(size: torch.SymInt) -> sympy.Expr:
+    """A symbolic size as an expression, without the maxima and minima that the ranges of its symbols decide."""
+    ranges = size.node.shape_env.bound_sympy
+
+    def decided(extreme: sympy.Expr) -> sympy.Expr:
+        sign = 1 if isinstance(extreme, Max) else -1
+        for one in extreme.args:
+            others = [other for other in extreme.args if other is not one]
+            if all(ranges(sign * (one - other)).lower >= 0 for other in others):
+                return one
+        return extreme
+
+    return sympy.sympify(size.node.expr).replace(lambda e: isinstance(e, (Max, Min)), decided)
 
 
 def without_levels(tensor: torch.Tensor) -> torch.Tensor:

@@ -63,12 +63,6 @@ def _reshaped_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return SDPA(q, k, v, attn_mask=rows.t_() >= torch.arange(6))
 
 
-def _operand_written_later(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    mask = triangle(6) & keep[:, None, None]
-    keep.logical_not_()
-    return SDPA(q, k, v, attn_mask=mask)
-
-
 def _per_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     distance = torch.arange(6)[:, None] - torch.arange(6)
     return SDPA(q, k, v, attn_mask=(distance >= 0) & (distance < torch.arange(1, 5)[:, None, None]))
@@ -139,7 +133,6 @@ NEAR_MISSES: dict[str, tuple[Make, str]] = {
     "mask written to through a view": (called(_view_written_later), "written to"),
     "mask written to as another dtype": (called(_written_as_another_dtype), "written to"),
     "mask reshaped in place": (called(_reshaped_in_place), "in place"),
-    "padding written to": (called(_operand_written_later, torch.ones(2, 6, dtype=torch.bool)), "written to"),
     "three dimensions": (lambda: (lambda q: SDPA(q, q, q, is_causal=True), (torch.randn(4, 6, 8),)), "3 dimensions"),
     "batch that is broadcast": (
         lambda: (lambda q, k: SDPA(q, k, k, is_causal=True), (torch.randn(2, 4, 6, 8), torch.randn(1, 4, 6, 8))),

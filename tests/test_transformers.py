@@ -24,7 +24,6 @@ import lowered_attn.integrations.transformers as integration
 from custom_ops.form import NAMESPACE
 from custom_ops.forms import FORMS
 from custom_ops.reference import query_positions
-from inductor_passes import decisions
 from lowered_attn.compile import backend
 from lowered_attn.integrations.transformers_masks import FormMask
 from tests.transformers_models import (
@@ -457,26 +456,3 @@ def test_another_transformers_is_refused(monkeypatch: pytest.MonkeyPatch, versio
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, lowered_attn, lowered_attn.compile; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---------------------------------------------------------------------- models that know nothing of this package
-
-
-@pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("name", MODELS)
-def test_untouched_models_are_recognised(name: str, side: str) -> None:
-    """With Transformers' own "sdpa", the compiler finds the form of every layer behind its mask tensors."""
-    model, ids = switched(make(name), "sdpa"), tokens()
-    mask = padding(ids, side)
-    real = slice(None) if mask is None else mask.bool()
-    true = switched(model, "sdpa").double()
-    true.set_experts_implementation("eager")
-    with torch.no_grad(), decisions.recording() as log:
-        run = torch.compile(model, backend="lowered_attn", fullgraph=True)
-        actual = run(ids, attention_mask=mask).logits[real]
-        assert_as_exact(actual, *(m(ids, attention_mask=mask).logits[real] for m in (model, true)))
-    windows = [kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or ()]
-    sliding = sum(windows) if windows else layers(model) * (name == "mistral")
-    expected = Counter({"sliding_self": sliding, "full_self": layers(model) - sliding})
-    assert Counter(d.op for d in log.records if d.stage == "recognised") == +expected
-    assert not counters["graph_break"]

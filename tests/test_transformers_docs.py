@@ -11,7 +11,7 @@ from tests.test_readme import blocks, run
 pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "transformers.md").read_text()
-(_, MODEL), (_, BATCHING) = blocks(PAGE, "python")
+(_, MODEL), (_, BATCHING), (_, UNTOUCHED) = blocks(PAGE, "python")
 
 CHECK = """
 from torch._dynamo.utils import counters
@@ -32,6 +32,17 @@ for request, result in zip(requests, results.values(), strict=True):
 assert len(tokens) == 2
 """
 
+CHECK_UNTOUCHED = """
+import sys
+from torch._dynamo.utils import counters
+
+assert "lowered_attn.integrations.transformers" not in sys.modules
+assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+with torch.no_grad():
+    expected = model.generate(prompts, max_new_tokens=9, do_sample=False)
+assert torch.equal(token, expected[:, -1:])
+"""
+
 
 def test_model() -> None:
     run(MODEL + CHECK)
@@ -39,3 +50,7 @@ def test_model() -> None:
 
 def test_continuous_batching() -> None:
     run(MODEL + BATCHING + CHECK_BATCHING)
+
+
+def test_untouched_model() -> None:
+    run(UNTOUCHED + CHECK_UNTOUCHED)

@@ -3,7 +3,7 @@
 A spelling is a file with ``find(graph, writes)``, which yields a ``Candidate`` for every call of attention that it can
 read from the graph, and ``Refused`` with a reason for every one that it cannot. What is recognised is proved: the
 mask's condition is solved and compared with every form's, repetitions of k and v are followed index by index, and
-nothing may write to a tensor between the user's reading it and ours. All else keeps the user's own path.
+what a mask read is read as it was then, though somebody wrote to it later. All else keeps the user's own path.
 """
 
 from __future__ import annotations
@@ -23,11 +23,20 @@ from inductor_passes.graph_pass import GraphPass
 from inductor_passes.group import module_of
 from inductor_passes.recognise import flex, hand_written, sdpa
 from inductor_passes.recognise.candidate import Candidate, Refused
-from inductor_passes.recognise.graph_values import Writes, computes_only, example, memory_of, name_of, shape_of
+from inductor_passes.recognise.graph_values import (
+    Writes,
+    computes_only,
+    example,
+    in_transform,
+    inside,
+    memory_of,
+    name_of,
+    shape_of,
+)
 from inductor_passes.recognise.indexing import Unreadable, require
-from inductor_passes.recognise.mask_values import Read
 from inductor_passes.recognise.match import Matched, Refusal, match_form
 from inductor_passes.recognise.repeated_kv import Heads, heads_of, whole
+from inductor_passes.recognise.sequences import with_starts
 from inductor_passes.recognise.writing import Writer
 
 __all__ = ["SPELLINGS", "Candidate", "Recognise", "Refused"]
@@ -39,8 +48,6 @@ SPELLINGS: tuple[Find, ...] = (sdpa.find, flex.find, hand_written.find)
 
 DEVICES = ("cpu", "cuda")
 READS_LAYOUT = ("view", "view_as", "as_strided", "stride", "is_contiguous", "storage_offset", "data_ptr")
-_TRANSFORMS = ("vmap", "grad", "jvp")
-"""functorch's transforms: between their beginning and their end in a graph, shapes are not those of the data."""
 
 
 class Recognise(GraphPass):
@@ -61,7 +68,7 @@ class Recognise(GraphPass):
                     _refuse(found.node, found.op, f"backend={chosen!r} was asked for")
                 elif isinstance(found, Refused):
                     _refuse(found.node, found.op, found.reason)
-                elif _in_transform(found.node):
+                elif in_transform(found.node):
                     _refuse(found.node, found.op, "it runs inside a functorch transform, such as vmap")
                 else:
                     count += _rewrite(found, writes)
@@ -75,9 +82,11 @@ def _refuse(node: Node, op: str, reason: str) -> None:
 
 def _rewrite(candidate: Candidate, writes: Writes) -> int:
     """Replace a candidate by its form's op, or record why not. Returns how many were replaced."""
-    writer = Writer(candidate)
+    writer = Writer(candidate, writes)
     try:
-        matched = _match(candidate, writes)
+        candidate = writer.in_order()
+        candidate, matched = _match(candidate)
+        writer.candidate = candidate
         heads = _grouped_heads(candidate, writes)
         operands = writer.operands(matched)
         query, key, value = candidate.query, *(writer.heads(h) for h in heads)
@@ -94,26 +103,24 @@ def _rewrite(candidate: Candidate, writes: Writes) -> int:
     return 1
 
 
-def _match(candidate: Candidate, writes: Writes) -> Matched:
+def _match(candidate: Candidate) -> tuple[Candidate, Matched]:
+    """The candidate's form, which may be that of another way to say what its mask says."""
     for tensor in (candidate.query, candidate.key, candidate.value):
         fake = example(tensor)
         require(fake.device.type in DEVICES, f"no kernels for {fake.device.type}")
         plain = not torch.utils._python_dispatch.is_traceable_wrapper_subclass(fake) and fake.layout == torch.strided
         require(plain, "tensors of a kind of their own")
-    for read in candidate.tensors.values():
-        if isinstance(read, Read) and writes.between(read.node, read.reader, candidate.node):
-            raise Unreadable(f"{read.node.name}, which its mask reads, is written to in place before attention")
-    matched = match_form(
-        candidate.visible,
-        query_len=shape_of(candidate.query)[2],
-        key_len=shape_of(candidate.key)[2],
-        tensors=candidate.tensors,
-    )
+    lengths = {"query_len": shape_of(candidate.query)[2], "key_len": shape_of(candidate.key)[2]}
+    packed = with_starts(candidate) if lengths["query_len"] == lengths["key_len"] else None
+    for way in (candidate,) if packed is None else (packed, candidate):
+        matched = match_form(way.visible, **lengths, tensors=way.tensors)
+        if isinstance(matched, Matched):
+            break
     if isinstance(matched, Refusal):
         raise Unreadable(matched.reason)
     # What no form can say: the mean of all values for a query whose keys are all hidden.
     require(matched.every_query_sees or not candidate.finite, "a query may see no key, and is then no zero there")
-    return matched
+    return way, matched
 
 
 def _grouped_heads(candidate: Candidate, writes: Writes) -> tuple[Heads, Heads]:
@@ -147,23 +154,7 @@ def _fakes(candidate: Candidate, tensors: tuple[Node, ...]) -> list[torch.Tensor
 
 def _in_autocast(node: Node) -> bool:
     """Whether the graph has entered autocast before a node, and not left it."""
-    return _inside(node, {"_enter_autocast"}, {"_exit_autocast"})
-
-
-def _in_transform(node: Node) -> bool:
-    begins, ends = ({f"_{name}_{how}_nesting" for name in _TRANSFORMS} for how in ("increment", "decrement"))
-    return _inside(node, begins, ends)
-
-
-def _inside(node: Node, begins: set[str], ends: set[str]) -> bool:
-    """Whether more functions of ``begins`` than of ``ends`` were called before a node."""
-    depth = 0
-    for other in node.graph.nodes:
-        if other is node:
-            return depth > 0
-        name = getattr(other.target, "__name__", "")
-        depth += (name in begins) - (name in ends)
-    return False
+    return inside(node, {"_enter_autocast"}, {"_exit_autocast"})
 
 
 def _replace(
@@ -183,6 +174,8 @@ def _replace(
     unread = [candidate.node]
     for node, output in candidate.replaced.items():
         result = writer.call(operator.getitem, call, output)
+        if output == 0:
+            result = writer.out_of_order(result)
         before, after = example(node), example(result)
         if before.dtype != after.dtype:
             result = writer.call("to", result, before.dtype)
@@ -190,8 +183,8 @@ def _replace(
             result = writer.call("contiguous", result)
         node.replace_all_uses_with(result)
         unread.append(node)
+    writes.place(call, candidate.node)
     for new in (call, *writer.added):
-        writes.place(new, candidate.node)
         new.meta.update({name: call.meta[name] for name in ("nn_module_stack", "stack_trace") if name in call.meta})
     erase_unread(unread)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import sympy
 from torch.fx.node import Node
 
 from custom_ops.masks import Operand
 from inductor_passes.recognise.mask_values import Read
+
+Axes: TypeAlias = tuple[int | None, ...]
+"""Where a tensor has B, H, L and D, in this order; None for one head that is no dimension."""
+IN_ORDER: Axes = (0, 1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +28,11 @@ class Candidate:
     replaced: Mapping[Node, int]
     """Nodes to replace, by which output of the form replaces them: 0 for out, 1 for lse. Cast to their dtypes."""
     query: Node
-    """``[B, Hq, Lq, D]``."""
+    """``[B, Hq, Lq, D]``, in the order of ``axes[0]``."""
     key: Node
-    """``[B, Hkv, Lk, D]``, Hkv dividing Hq."""
+    """``[B, Hkv, Lk, D]``, in the order of ``axes[1]``, Hkv dividing Hq."""
     value: Node
-    """``[B, Hkv, Lk, Dv]``."""
+    """``[B, Hkv, Lk, Dv]``, in the order of ``axes[2]``."""
     visible: sympy.Basic
     """Which keys are seen, as ``match_form`` takes it."""
     tensors: Mapping[Operand, Read | Node]
@@ -38,6 +43,10 @@ class Candidate:
     """Whether scores are hidden by a finite number: rows that see nothing are then the mean of all values."""
     softcap: float = 0.0
     """Scaled scores ``s`` count as ``softcap * tanh(s / softcap)``; 0 for none."""
+    axes: tuple[Axes, Axes, Axes] = (IN_ORDER, IN_ORDER, IN_ORDER)
+    """How q, k and v lie. Where they are not in order, a permuted view of them is attention's."""
+    out_axes: Axes = IN_ORDER
+    """How the replaced output lies. Without a dimension for heads, they are folded into the requests."""
 
 
 @dataclasses.dataclass(frozen=True)

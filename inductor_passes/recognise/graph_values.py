@@ -7,6 +7,7 @@ holds when it is read, so whoever wants to read a tensor later than its user did
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import sympy
@@ -30,7 +31,7 @@ def size_of(value: Any) -> sympy.Expr | None:
         return None
     if isinstance(value, int):
         return sympy.Integer(value)
-    return sympy.sympify(value.node.expr) if isinstance(value, torch.SymInt) else None
+    return compat.expression(value) if isinstance(value, torch.SymInt) else None
 
 
 def number_of(value: Any) -> float | None:
@@ -79,6 +80,8 @@ class Writes:
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.shared: dict[Hashable, Node] = {}
+        """What was computed for one call of attention and is the same for the next: layers share their operands."""
         inputs = {key: example(n).dtype for n in graph.find_nodes(op="placeholder") for key in memory_of(n)}
         self._written: list[tuple[int, set[int]]] = []
         # A tensor that was reshaped in place has one example for before and after: nobody can tell what it was.
@@ -103,6 +106,27 @@ class Writes:
             return True
         start, end = self.position[first], self.position[last]
         return any(start < position < end and memory & written for position, written in self._written)
+
+
+TRANSFORMS = ("vmap", "grad", "jvp")
+"""functorch's transforms: between their beginning and their end in a graph, shapes are not those of the data."""
+
+
+def in_transform(node: Node) -> bool:
+    """Whether a node runs inside one of ``TRANSFORMS``."""
+    begins, ends = ({f"_{name}_{how}_nesting" for name in TRANSFORMS} for how in ("increment", "decrement"))
+    return inside(node, begins, ends)
+
+
+def inside(node: Node, begins: set[str], ends: set[str]) -> bool:
+    """Whether more functions of ``begins`` than of ``ends`` were called before a node."""
+    depth = 0
+    for other in node.graph.nodes:
+        if other is node:
+            return depth > 0
+        name = getattr(other.target, "__name__", "")
+        depth += (name in begins) - (name in ends)
+    return False
 
 
 _RESHAPES = frozenset(

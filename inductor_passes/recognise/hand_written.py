@@ -1,12 +1,12 @@
 """Attention written out: two products with a softmax between them.
 
-    softmax(mask(scale * q k^T), -1) v    over [B, H, L, D]
+    softmax(mask(scale * q k^T), -1) v    over [B, H, L, D], or [N, L, D] with heads folded into requests
 
-Products are ``matmul``, ``@`` or ``einsum`` over ``[B, H, L, D]``. Read from the softmax back to the first product,
-scores may be cast, hidden (a mask added, ``masked_fill``, ``where``), capped (``cap * tanh(scores / cap)``) and scaled,
-in this order. Weights may be cast, and dropped out with a probability of 0 or outside of training; nothing else may
-read them. A query that sees no key has NaN for its output, or the mean of all values, where a form gives 0: so it must
-be proved that there is none.
+``products.py`` says which products. Read from the softmax back to the first one, scores may be cast, hidden (a mask
+added, ``masked_fill``, ``where``), capped (``cap * tanh(scores / cap)``) and scaled, in this order, and their heads
+folded and unfolded anywhere. Weights may be cast, folded and unfolded too, and dropped out with a probability of 0 or
+outside of training; nothing else may read them. A query that sees no key has NaN for its output, or the mean of all
+values, where a form gives 0: so it must be proved that there is none.
 
 Source: Vaswani et al., "Attention Is All You Need", section 3.2.1, https://arxiv.org/abs/1706.03762.
 """
@@ -23,16 +23,25 @@ import torch
 from torch.fx.node import Node
 
 from custom_ops.masks import k, q
-from inductor_passes.recognise.candidate import Candidate, Refused
+from inductor_passes.recognise.candidate import IN_ORDER, Axes, Candidate, Refused
 from inductor_passes.recognise.graph_values import Writes, drops_nothing, example, name_of, number_of, shape_of
-from inductor_passes.recognise.indexing import Unreadable, input_index, require
+from inductor_passes.recognise.indexing import Index, Unreadable, at_ones, input_index, require, within
 from inductor_passes.recognise.mask_values import HEAD as QUERY_HEAD
-from inductor_passes.recognise.mask_values import REQUEST, MaskReader, Visibility, choices, converted, hides_by_numbers
-from inductor_passes.recognise.repeated_kv import BATCH, FEATURE, HEAD, TOKEN
+from inductor_passes.recognise.mask_values import REQUEST, MaskReader, choices, converted, hides_by_numbers
+from inductor_passes.recognise.products import (
+    PRODUCTS,
+    SCORE_PRODUCTS,
+    Placed,
+    Product,
+    factors_of,
+    placed,
+    product_of,
+)
+from inductor_passes.recognise.repeated_kv import FEATURE
 
 NAME = "softmax(q @ k^T) @ v"
 _CASTS = ("to", "float", "type_as", "half", "bfloat16", "double", "type")
-_PRODUCTS = ("matmul", "einsum")
+_VIEWS = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 
 def find(graph: torch.fx.Graph, writes: Writes) -> Iterator[Candidate | Refused]:
@@ -52,26 +61,26 @@ def _is_call(node: Any, *names: str) -> bool:
     return isinstance(node, Node) and node.op in ("call_function", "call_method") and name_of(node) in names
 
 
-def _tensors(node: Node) -> list[Node]:
-    return [n for n in node.all_input_nodes if isinstance(example(n), torch.Tensor)]
-
-
 def _softmax_before(node: Node) -> Node | None:
-    """The softmax that makes the weights of a product, through casts and dropout."""
-    operands = _tensors(node) if _is_call(node, *_PRODUCTS) else []
-    weights = operands[0] if len(operands) == 2 else None
-    while _is_call(weights, "dropout", *_CASTS) and weights.args:  # type: ignore[union-attr]
-        weights = weights.args[0]  # type: ignore[union-attr, assignment]
+    """The softmax that makes the weights of a product, through casts, views and dropout."""
+    factors = factors_of(node) if _is_call(node, *SCORE_PRODUCTS) else []
+    weights: Any = factors[0] if len(factors) == 2 else None
+    while _is_call(weights, "dropout", *_CASTS, *_VIEWS) and weights.args:
+        weights = weights.args[0]
     return weights if _is_call(weights, "softmax") else None
 
 
 _MULTIPLIES, _DIVIDES = ("mul", "multiply"), ("div", "divide", "truediv", "true_divide")
-_STEPS = ("add", "masked_fill", "where", "tanh", *_MULTIPLIES, *_DIVIDES, *_CASTS)
+_STEPS = ("add", "masked_fill", "where", "tanh", *_MULTIPLIES, *_DIVIDES, *_CASTS, *_VIEWS)
 
 
 def _product_before(softmax: Node) -> Node | None:
     """A product from which the softmax's input comes step by step; None where these are no scores of attention."""
-    return next((n for n in _behind(softmax) if len(_tensors(n)) == 2), None)
+    return next((n for n in _behind(softmax) if len(factors_of(n)) == 2), None)
+
+
+def _tensors(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if isinstance(example(n), torch.Tensor)]
 
 
 def _behind(node: Node) -> Iterator[Node]:
@@ -79,7 +88,7 @@ def _behind(node: Node) -> Iterator[Node]:
     waiting, seen = _tensors(node), set()
     while waiting:
         one = waiting.pop()
-        if _is_call(one, *_PRODUCTS):
+        if _is_call(one, *SCORE_PRODUCTS):
             yield one
         elif one not in seen and _is_call(one, *_STEPS):
             seen.add(one)
@@ -99,25 +108,58 @@ class _Scores:
     softcap: float = 0.0
 
 
-def _candidate(node: Node, softmax: Node, product: Node, writes: Writes) -> Candidate:
-    for weights in _back(node, _tensors(node)[0], softmax):
-        require(not _is_call(weights, "dropout") or drops_nothing(weights), "dropout, which no form has")
-    query, key = _query_and_key(product)
-    value = _value(node)
-    tensors = (query, key, value)
-    for name, tensor in zip("qkv", tensors, strict=True):
-        rank = example(tensor).dim()
-        require(rank == 4, f"{name} has {rank} dimensions; forms take [B, H, S, D]")
+class _Places:
+    """At which request, head, query and key each element of scores, weights and output stands."""
+
+    def __init__(self, query: Placed) -> None:
+        batch, self._heads, _, _ = query.sizes
+        self.request = REQUEST if batch != 1 else sympy.S.Zero
+        self.head = QUERY_HEAD if self._heads != 1 else sympy.S.Zero
+
+    def index(self, node: Node, row: sympy.Symbol = q, column: sympy.Symbol = k) -> Index:
+        """The index of an element ``[B, H, row, column]`` or ``[N, row, column]``."""
+        shape = shape_of(node)
+        if len(shape) == 4:
+            return at_ones((self.request, self.head, row, column), shape)
+        require(len(shape) == 3, f"{node.name} has {len(shape)} dimensions where scores have 3 or 4")
+        return at_ones((self.request * self._heads + self.head, row, column), shape)
+
+    def folds(self, view: Node, row: sympy.Symbol = q, column: sympy.Symbol = k) -> bool:
+        """Whether a view does no more than to fold heads into requests, or to unfold them."""
+        try:
+            source, at = input_index(view, self.index(view, row, column))
+            return within(at, {QUERY_HEAD: self._heads}) == self.index(source, row, column)
+        except Unreadable:
+            return False
+
+    def reader(self, writes: Writes, query: Placed, key: Placed) -> MaskReader:
+        lengths = {"batch": query.sizes[0], "query_len": query.sizes[2], "key_len": key.sizes[2]}
+        return MaskReader(writes, heads=self._heads, **lengths)
+
+
+def _candidate(node: Node, softmax: Node, scores_product: Node, writes: Writes) -> Candidate:
+    require(_is_call(node, *PRODUCTS), f"{node.name} adds to the output of attention")
+    first, second = product_of(scores_product), product_of(node)
+    ordered = first.result in ("bhij", "nij") and second.left.letters in ("bhix", "nix")
+    require(ordered, f"scores or weights of {node.name} are no [B, H, L, L] or [N, L, L]")
+    query, key, value = placed([(first.left, "ix"), (first.right, "jx"), (second.right, "xj")], node, writes)
+    tensors = (query.node, key.node, value.node)
     require(len({example(t).dtype for t in tensors}) == 1, "q, k and v of several dtypes")
     for tensor in tensors:
-        require(not writes.between(tensor, product, node), f"{tensor.name} is written to before its attention ends")
-    batch, _, query_len, _ = shape_of(query)
-    reader = MaskReader(writes, batch=batch, query_len=query_len, key_len=shape_of(key)[2])
-    scores = _scores(softmax, product, reader)
-    seen: Visibility = reader.visibility(scores.visible)
+        written = writes.between(tensor, scores_product, node)
+        require(not written, f"{tensor.name} is written to before its attention ends")
+    places = _Places(query)
+    for weights in _back(node, second.left.node, softmax):
+        require(not _is_call(weights, "dropout") or drops_nothing(weights), "dropout, which no form has")
+        require(not _is_call(weights, *_VIEWS) or places.folds(weights), f"{weights.name} rearranges weights")
+    reader = places.reader(writes, query, key)
+    scores = _scores(softmax, scores_product, first, places, reader)
+    seen = reader.visibility(scores.visible)
+    replaced, out_axes = _output(node, second, places)
     return Candidate(
-        op=NAME, node=node, replaced={node: 0}, query=query, key=key, value=value, visible=seen.visible,
-        tensors=seen.tensors, scale=scores.scale, finite=True, softcap=scores.softcap,
+        op=NAME, node=node, replaced=dict.fromkeys(replaced, 0), query=query.node, key=key.node, value=value.node,
+        visible=seen.visible, tensors=seen.tensors, scale=scores.scale, finite=True, softcap=scores.softcap,
+        axes=(query.axes, key.axes, value.axes), out_axes=out_axes,
     )  # fmt: skip
 
 
@@ -131,66 +173,41 @@ def _back(reader: Node, node: Node, last: Node) -> Iterator[Node]:
         reader, node = node, node.args[0]  # type: ignore[assignment]
 
 
-def _query_and_key(product: Node) -> tuple[Node, Node]:
-    query, key = _tensors(product)
-    if name_of(product) == "einsum":
-        (b, h, i, d), (b2, h2, j, d2), result = _equation(product)
-        alike = (b, h, d) == (b2, h2, d2) and result == (b, h, i, j) and len({b, h, i, j, d}) == 5
-        require(alike, f"{product.name} is no product over [B, H, L, D]")
-        return query, key
-    require(product.args == (query, key) and not product.kwargs, f"arguments of {product.name} that are not known here")
-    require(example(key).dim() == 4, f"k has {example(key).dim()} dimensions; forms take [B, H, S, D]")
-    source, index = input_index(key, (BATCH, HEAD, FEATURE, TOKEN))
-    shape = shape_of(source)
-    same = len(index) == 4 and all(i == j or size == 1 for i, j, size in zip(index, _IN_ORDER, shape, strict=True))
-    require(same, f"{key.name} is not the transpose of [B, H, S, D]")
-    return query, source
+def _output(node: Node, product: Product, places: _Places) -> tuple[list[Node], Axes]:
+    """What is replaced by attention's output, and how that lies."""
+    if len(product.result) == 4:
+        return [node], tuple(product.result.index(c) for c in "bhij")
+    views = [user for user in node.users if _is_call(user, *_VIEWS)]
+    if views and len(views) == len(node.users) and all(_unfolds(view, places) for view in views):
+        return views, IN_ORDER
+    return [node], (product.result.index("n"), None, product.result.index("i"), product.result.index("j"))
 
 
-_IN_ORDER = (BATCH, HEAD, TOKEN, FEATURE)
-_INDICES = (REQUEST, QUERY_HEAD, q, k)
-
-
-def _value(node: Node) -> Node:
-    weights, value = _tensors(node)
-    if name_of(node) == "einsum":
-        (b, h, i, j), (b2, h2, j2, d), result = _equation(node)
-        alike = (b, h, j) == (b2, h2, j2) and result == (b, h, i, d) and len({b, h, i, j, d}) == 5
-        require(alike, f"{node.name} is no product over [B, H, L, D]")
-    else:
-        require(node.args == (weights, value) and not node.kwargs, f"arguments of {node.name} that are not known here")
-    return value
-
-
-def _equation(node: Node) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    equation, *operands = node.args
-    flat = list(operands[0]) if operands and isinstance(operands[0], (list, tuple)) else operands
-    plain = isinstance(equation, str) and "->" in equation and "." not in equation and flat == _tensors(node)
-    require(plain and not node.kwargs, f"{node.name} is spelled in a way that is not known here")
-    inputs, _, result = str(equation).replace(" ", "").partition("->")
-    parts = [tuple(part) for part in (*inputs.split(","), result)]
-    require([len(p) for p in parts] == [4, 4, 4], f"{node.name} is no product over [B, H, L, D]")
-    return parts[0], parts[1], parts[2]
+def _unfolds(view: Node, places: _Places) -> bool:
+    return len(shape_of(view)) == 4 and places.folds(view, column=FEATURE)
 
 
 # ---------------------------------------------------------------------- scores
 
 
-def _scores(softmax: Node, product: Node, reader: MaskReader) -> _Scores:
-    """What happens to scores between the product and the softmax."""
+def _scores(softmax: Node, node_of: Node, product: Product, places: _Places, reader: MaskReader) -> _Scores:
+    """What happens to scores between the product, which ``node_of`` computes, and the softmax."""
 
     given = dict(zip(("input", "dim"), softmax.args, strict=False)) | softmax.kwargs
     after, dim = given["input"], given.get("dim")
-    require(dim in (-1, 3), f"{softmax.name} is not over the keys")
+    require(dim in (-1, example(softmax).dim() - 1), f"{softmax.name} is not over the keys")
     found = _Scores()
     user, scaled = softmax, False
     node: Any = after
-    while node is not product:
+    while node is not node_of:
         alone = isinstance(node, Node) and set(node.users) == {user}
         require(alone, f"scores before {user.name} are read elsewhere too")
         user, name = node, name_of(node)
         if name in _CASTS:
             require(example(node).dtype.is_floating_point, f"{node.name} rounds scores")
+            node = node.args[0]
+        elif name in _VIEWS:
+            require(places.folds(node), f"{node.name} rearranges scores")
             node = node.args[0]
         elif name in (*_MULTIPLIES, *_DIVIDES):
             node, factor = _factor(node)
@@ -202,9 +219,26 @@ def _scores(softmax: Node, product: Node, reader: MaskReader) -> _Scores:
             found.softcap, node, scaled = found.scale, node.args[0], True
         else:
             require(not scaled, f"{node.name} hides scores that are scaled afterwards")
-            node = _hidden(node, found, reader, product)
-    require(set(product.users) == {user}, f"scores of {product.name} are read elsewhere too")
+            node = _hidden(node, found, reader, node_of, places)
+    require(set(node_of.users) == {user}, f"scores of {node_of.name} are read elsewhere too")
+    if product.added is not None:
+        visible = _added(node_of, product.added, reader, places)
+        require(visible == sympy.true or not scaled, f"{node_of.name} hides scores that are scaled afterwards")
+        found.visible = sympy.And(found.visible, visible)
+    scale = number_of(product.scale)
+    if scale is None or not 0 < scale < math.inf:
+        raise Unreadable(f"{node_of.name} scales scores by no positive constant")
+    found.scale *= scale
     return found
+
+
+def _added(node: Node, mask: Any, reader: MaskReader, places: _Places) -> Any:
+    """Where a mask that ``node`` adds to scores hides none."""
+    fake = example(mask)
+    require(isinstance(mask, Node) and isinstance(fake, torch.Tensor), f"{node.name} adds a number to scores")
+    added = choices(reader.broadcast(mask, places.index(node), node))
+    hides_by_numbers(added, fake.dtype)
+    return added.get(0.0, sympy.false)
 
 
 def _factor(node: Node) -> tuple[Any, float]:
@@ -221,31 +255,28 @@ def _factor(node: Node) -> tuple[Any, float]:
     return one, factor if name_of(node) in _MULTIPLIES else 1 / factor
 
 
-def _hidden(node: Node, found: _Scores, reader: MaskReader, product: Node) -> Any:
+def _hidden(node: Node, found: _Scores, reader: MaskReader, product: Node, places: _Places) -> Any:
     """Reads one step that hides scores; returns the scores before it."""
     name = name_of(node)
     scores: Any
     mask: Any
+    visible: Any
     if name == "add" and len(node.args) == 2 and not node.kwargs:
         one, other = node.args
         scores, mask = (one, other) if _leads_to(one, product) else (other, one)
-        fake = example(mask)
-        require(isinstance(mask, Node) and isinstance(fake, torch.Tensor), f"{node.name} adds a number to scores")
-        added = choices(reader.broadcast(mask, _INDICES, node))
-        hides_by_numbers(added, fake.dtype)
-        visible: Any = added.get(0.0, sympy.false)
+        visible = _added(node, mask, reader, places)
     elif name == "masked_fill" and len(node.args) == 3 and not node.kwargs:
         scores, mask, number = node.args
         _require_hiding(number, node)
-        visible = sympy.Not(converted(reader.broadcast(mask, _INDICES, node), torch.bool))
-    elif name == "where" and len(node.args) == 3 and not node.kwargs and node.op == "call_function":
-        mask, scores, number = node.args
+        visible = sympy.Not(converted(reader.broadcast(mask, places.index(node), node), torch.bool))
+    elif name == "where" and len(node.args) == 3 and not node.kwargs:
+        mask, scores, number = node.args if node.op == "call_function" else (node.args[i] for i in (1, 0, 2))
         _require_hiding(number, node)
-        visible = converted(reader.broadcast(mask, _INDICES, node), torch.bool)
+        visible = converted(reader.broadcast(mask, places.index(node), node), torch.bool)
     else:
         raise Unreadable(f"{node.name} does to scores what no form does")
     require(_leads_to(scores, product), f"{node.name} does to scores what no form does")
-    require(shape_of(node) == shape_of(product), f"{node.name} broadcasts scores")
+    require(shape_of(node) == shape_of(scores), f"{node.name} broadcasts scores")
     found.visible = sympy.And(found.visible, visible)
     return scores
 

@@ -7,7 +7,7 @@ the ``arange`` that it is made of, is one walk: ask at which index the input is 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
@@ -61,6 +61,18 @@ def at_ones(index: Sequence[sympy.Expr], shape: Sequence[sympy.Expr]) -> Index:
     """The index with 0 where there is one element."""
     require(len(index) == len(shape), "an index of another rank")
     return tuple(sympy.S.Zero if size == 1 else i for i, size in zip(index, shape, strict=True))
+
+
+def within(index: Sequence[sympy.Expr], lengths: Mapping[sympy.Symbol, sympy.Expr]) -> Index:
+    """The index, where each symbol is less than its length: ``h % H`` is ``h``, and ``h // H`` is 0."""
+
+    def settled(e: sympy.Expr) -> sympy.Expr:
+        number, size = e.args if isinstance(e, sympy.Mod) else e.args[0].as_numer_denom()
+        if number not in lengths or (lengths[number] <= size) != sympy.true:
+            return e
+        return number if isinstance(e, sympy.Mod) else sympy.S.Zero
+
+    return tuple(sympy.expand(i.replace(lambda e: isinstance(e, (sympy.Mod, sympy.floor)), settled)) for i in index)
 
 
 def _same(node: Node, index: Index, source: Node, *_: Any, **__: Any) -> Index:

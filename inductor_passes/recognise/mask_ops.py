@@ -218,6 +218,76 @@ def _filled(reader: MaskReader, node: Node, value: Any) -> Value:
     return converted(reader.broadcast(value, (), node), example(node).dtype)
 
 
+def _getitem(reader: MaskReader, node: Node, index: Index, input: Any, items: Any) -> Value:
+    """``documents[b, q]``: elements looked up at computed numbers, which are broadcast to one another; or a view."""
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    ranks = [example(i).dim() for i in items if isinstance(example(i), torch.Tensor)]
+    numbers = [i for i in items if isinstance(i, (Node, int)) and not isinstance(i, bool)]
+    if not isinstance(input, Node) or not ranks or len(numbers) < len(items):
+        return reader.view(node, index)
+    rank = max(ranks)
+    found = [_position(reader, node, item, index[:rank]) for item in items]
+    return reader.at(input, (*found, *index[rank:]), node)
+
+
+def _position(reader: MaskReader, node: Node, item: Any, index: Index) -> sympy.Expr:
+    """One of the numbers that a tensor is indexed by, which count from its first element."""
+    require(_dtype(item) in (None, *INTEGERS), f"{node.name} is indexed by {_dtype(item)}")
+    value = reader.broadcast(item, index, node)
+    counted = _is_integer(value, item) and (value >= 0) == sympy.true  # type: ignore[operator]
+    require(counted, f"{node.name} is indexed by what may be negative")
+    return value  # type: ignore[return-value]
+
+
+def _cumsum(reader: MaskReader, node: Node, index: Index, input: Any, dim: Any, **_: Any) -> Value:
+    """Of one number again and again: so many of it as there are elements up to this one."""
+    axis, one = _along(node, index, dim)
+    value: Any = converted(reader.at(input, _moved(index, axis, one), node), example(node).dtype)
+    require(_is_integer(value, node) and one not in value.free_symbols, f"{node.name} sums up different numbers")
+    return value * (index[axis] + 1)
+
+
+def _diff(
+    reader: MaskReader, node: Node, index: Index, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None,
+    append: Any = None,
+) -> Value:  # fmt: skip
+    """Each element less the one before; before the first one stands ``prepend``.
+
+    ``prepend`` must continue the elements backwards, so that one expression is what stands before each of them.
+    """
+    require(n == 1 and append is None, f"{node.name} is taken in a way that is not known here")
+    axis, one = _along(node, index, dim)
+
+    def element(of: Any, at: sympy.Expr) -> sympy.Expr:
+        value = reader.at(of, _moved(index, axis, at), node)
+        require(_is_integer(value, of), f"{node.name} is a difference of what may be no integers")
+        return value  # type: ignore[return-value]
+
+    at = index[axis]
+    if prepend is None:
+        return element(input, at + 1) - element(input, at)
+    require(shape_of(prepend)[axis] == 1, f"{node.name} has more than one element prepended")
+    first = element(prepend, sympy.S.Zero)
+    if at == 0:
+        return element(input, at) - first
+    every = element(input, one)
+    continued = sympy.expand(every.xreplace({one: sympy.S.NegativeOne}) - first) == 0
+    require(continued, f"{node.name} prepends what does not continue its input")
+    return element(input, at) - every.xreplace({one: at - 1})
+
+
+def _along(node: Node, index: Index, dim: Any) -> tuple[int, sympy.Symbol]:
+    """The dimension that a rule looks along, and a symbol for any index in it."""
+    axis = size_of(dim)
+    known = axis is not None and bool(axis.is_Integer) and _dtype(node) in INTEGERS
+    require(known, f"{node.name} is taken in a way that is not known here")
+    return int(axis) % len(index), sympy.Dummy("at", integer=True, nonnegative=True)  # type: ignore[arg-type]
+
+
+def _moved(index: Index, axis: int, at: sympy.Expr) -> Index:
+    return (*index[:axis], at, *index[axis + 1 :])
+
+
 def _eye(reader: MaskReader, node: Node, index: Index, *_: Any, **__: Any) -> Value:
     return converted(sympy.Eq(index[0], index[1]), example(node).dtype)
 
@@ -240,6 +310,9 @@ OPS: dict[str, Rule] = {
     "scalar_tensor": _tensor,
     "lift_fresh_copy": _lifted,
     "arange": _arange,
+    "cumsum": _cumsum,
+    "diff": _diff,
+    **dict.fromkeys(("getitem", "index"), _getitem),
     "eye": _eye,
     "tril": _triangle(lower=True),
     "triu": _triangle(lower=False),

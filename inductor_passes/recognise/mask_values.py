@@ -23,7 +23,16 @@ from torch.fx.node import Node
 from custom_ops.masks import Operand, k, q
 from inductor_passes.recognise.conditions import impossible
 from inductor_passes.recognise.graph_values import Writes, example, name_of, shape_of, size_of
-from inductor_passes.recognise.indexing import Index, Unknown, Unreadable, arguments_of, at_ones, input_index, require
+from inductor_passes.recognise.indexing import (
+    Index,
+    Unknown,
+    Unreadable,
+    arguments_of,
+    at_ones,
+    input_index,
+    require,
+    within,
+)
 
 REQUEST = sympy.Symbol("b_index", integer=True, nonnegative=True)
 """A request's index in the batch."""
@@ -76,9 +85,16 @@ class MaskReader:
     """Reads the masks of one graph for one call of attention of these sizes."""
 
     def __init__(
-        self, writes: Writes, *, batch: sympy.Expr, query_len: sympy.Expr, key_len: sympy.Expr
+        self,
+        writes: Writes,
+        *,
+        batch: sympy.Expr,
+        query_len: sympy.Expr,
+        key_len: sympy.Expr,
+        heads: sympy.Expr | None = None,
     ) -> None:
         self._writes = writes
+        self._heads = {} if heads is None else {HEAD: heads}
         self._lengths = {REQUEST: batch, q: query_len, k: key_len}
         self._operands: dict[Operand, Read] = {}
         self._known: dict[tuple[Node, Index], Value] = {}
@@ -118,7 +134,7 @@ class MaskReader:
             raise Unreadable(f"{value.name} is written to in place")
         if (value, index) not in self._known:
             try:
-                self._known[value, index] = self._interpret(value, index)
+                self._known[value, index] = self._interpreted(value, index, reader)
             except Unreadable as reason:
                 try:
                     self._known[value, index] = self._operand(value, index, reader)
@@ -126,11 +142,32 @@ class MaskReader:
                     raise (other if isinstance(reason, Unknown) else reason) from None
         return self._known[value, index]
 
+    def _interpreted(self, node: Node, index: Index, reader: Node) -> Value:
+        """What ``_interpret`` says; where that is more than one operand, elements that were gathered are one."""
+        value = self._interpret(node, index)
+        if not _is_gathered(node) or self._is_plain(value):
+            return value
+        try:
+            return self._operand(node, index, reader)
+        except Unreadable:
+            return value
+
+    def _is_plain(self, value: Value) -> bool:
+        """Whether a value is one element of an operand, or reads no operand."""
+        conditions = value.values() if isinstance(value, Choices) else (value,)
+        read = {o.symbol for o in self._operands} & {s for c in conditions for s in c.free_symbols}
+        return not read or (isinstance(value, sympy.Symbol) and value in read)
+
     def broadcast(self, value: Any, index: Index, reader: Node) -> Value:
         """Element ``index`` of an input that is broadcast to the reader's shape."""
         if isinstance(value, Node) and isinstance(example(value), torch.Tensor):
             return self.at(value, index[len(index) - example(value).dim() :], reader)
         return _number(value)
+
+    def view(self, node: Node, index: Index) -> Value:
+        """Element ``index`` of a view, an expansion or a copy."""
+        source, at = input_index(node, index)
+        return self.at(source, within(at, self._heads), node)
 
     def _interpret(self, node: Node, index: Index) -> Value:
         if node.op not in ("call_function", "call_method"):
@@ -139,8 +176,7 @@ class MaskReader:
 
         rule = OPS.get(name_of(node))
         if rule is None:
-            source, at = input_index(node, index)
-            return self.at(source, at, node)
+            return self.view(node, index)
         bound = arguments_of(rule, self, node, index, *node.args, **node.kwargs)
         return rule(*bound.args, **bound.kwargs)
 
@@ -163,6 +199,14 @@ class MaskReader:
         operand = Operand(f"{node.name}_of_{kind}", kind, None, boolean=dtype == torch.bool)  # type: ignore[arg-type]
         self._operands[operand] = Read(node, index, reader)
         return operand.symbol
+
+
+def _is_gathered(node: Node) -> bool:
+    """Whether a node's elements are looked up by tensors of numbers, such as ``documents[batch, rows]``."""
+    if name_of(node) not in ("getitem", "index") or len(node.args) != 2:
+        return False
+    items = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+    return any(isinstance(example(i), torch.Tensor) and example(i).dim() > 0 for i in items)
 
 
 def hides_by_numbers(added: Choices, dtype: torch.dtype) -> bool:

@@ -14,46 +14,14 @@ import torch
 from torch.fx.node import Node
 
 from custom_ops.masks import k, q
-from inductor_passes.recognise.graph_values import Writes, example, name_of
+from inductor_passes.recognise.graph_values import Writes, name_of
 from inductor_passes.recognise.indexing import Index, Unreadable, require
-from inductor_passes.recognise.mask_values import HEAD, INTEGERS, REQUEST, MaskReader, Value, Visibility, converted
+from inductor_passes.recognise.mask_values import HEAD, REQUEST, MaskReader, Value, Visibility, converted
 
 _INDICES = (REQUEST, HEAD, q, k)
 
 
-class _ScalarReader(MaskReader):
-    """Reads elements that are looked up by values: ``documents[b, q_idx]``."""
-
-    def _interpret(self, node: Node, index: Index) -> Value:
-        looked_up = _looked_up(node)
-        if looked_up is None:
-            return super()._interpret(node, index)
-        source, items = looked_up
-        return self.at(source, (*(self._position(item, node) for item in items), *index), node)
-
-    def _position(self, item: Any, node: Node) -> sympy.Expr:
-        if isinstance(item, Node) and isinstance(example(item), torch.Tensor):
-            fake = example(item)
-            require(fake.dim() == 0 and fake.dtype in INTEGERS, f"{node.name} is indexed by more than one number")
-        value = self.at(item, (), node)
-        require(isinstance(value, sympy.Expr) and value >= 0, f"{node.name} is indexed by what may be negative")
-        return value  # type: ignore[return-value]
-
-
-def _looked_up(node: Node) -> tuple[Node, list[Any]] | None:
-    """A tensor and what it is indexed by, where that is numbers alone of which one at least is computed."""
-    if node.op != "call_function" or name_of(node) not in ("getitem", "index") or len(node.args) != 2:
-        return None
-    source, items = node.args
-    items = list(items) if isinstance(items, (list, tuple)) else [items]
-    computed = [i for i in items if isinstance(i, Node) and isinstance(example(i), torch.Tensor)]
-    numbers = [i for i in items if isinstance(i, (Node, int)) and not isinstance(i, bool)]
-    if not isinstance(source, Node) or not computed or len(numbers) < len(items):
-        return None
-    return source, items
-
-
-class ModReader(_ScalarReader):
+class ModReader(MaskReader):
     """Reads the graph of a ``mask_mod`` (or of the conditions in a ``score_mod``) that attention ``reader`` carries."""
 
     def __init__(self, mod: torch.fx.Graph, outer: MaskReader, reader: Node, lengths: Mapping[str, sympy.Expr]) -> None:
@@ -77,7 +45,7 @@ class ModReader(_ScalarReader):
         return super().at(value, index, reader)
 
 
-class _MappedReader(_ScalarReader):
+class _MappedReader(MaskReader):
     """Reads through functorch's levels: the element of a batched tensor is one at the level's index."""
 
     def __init__(self, writes: Writes, lengths: Mapping[str, sympy.Expr]) -> None:

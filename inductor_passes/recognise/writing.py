@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import sympy
@@ -11,12 +12,17 @@ import torch
 from torch.fx.node import Node
 
 from custom_ops.masks import Operand, k
-from inductor_passes.recognise.candidate import Candidate
-from inductor_passes.recognise.graph_values import example, size_of
-from inductor_passes.recognise.indexing import Unreadable
+from inductor_passes.recognise.candidate import IN_ORDER, Axes, Candidate
+from inductor_passes.recognise.graph_values import Writes, example, in_transform, size_of
+from inductor_passes.recognise.indexing import Unreadable, require
 from inductor_passes.recognise.mask_values import REQUEST, Read
 from inductor_passes.recognise.match import Matched
 from inductor_passes.recognise.repeated_kv import INDEX, Heads
+from inductor_passes.recognise.sequences import Starts
+
+FARTHEST = 1 << 30
+"""Before or behind every key. What is farther hides and shows the same keys, and int32 sums of it and a query's index
+do not wrap."""
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.And: operator.and_, sympy.Or: operator.or_,
@@ -25,23 +31,32 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _reach(read: Read) -> int | None:
+    return read.reach if isinstance(read, Starts) else -1
+
+
 class Writer:
     """Adds nodes before a candidate's, each with its example, and takes them back where that does not work out."""
 
-    def __init__(self, candidate: Candidate) -> None:
+    def __init__(self, candidate: Candidate, writes: Writes) -> None:
         self.candidate = candidate
+        self.writes = writes
         self.graph = candidate.node.graph
         self.added: list[Node] = []
         self._fake_mode = example(candidate.query).fake_mode
 
     def call(self, target: Callable[..., Any] | str, *arguments: Any, **keywords: Any) -> Node:
         """A new node, for a function or for a method by its name."""
-        with self.graph.inserting_before(self.candidate.node):
+        return self._call(self.candidate.node, target, *arguments, **keywords)
+
+    def _call(self, before: Node, target: Callable[..., Any] | str, *arguments: Any, **keywords: Any) -> Node:
+        with self.graph.inserting_before(before):
             if isinstance(target, str):
                 node = self.graph.call_method(target, arguments, keywords)
             else:
                 node = self.graph.call_function(target, arguments, keywords)
         self.added.append(node)
+        self.writes.place(node, before)
         fakes, fake_keywords = torch.fx.node.map_arg((arguments, keywords), example)
         with self._fake_mode:
             if isinstance(target, str):
@@ -54,7 +69,33 @@ class Writer:
         """Erase every node that was added."""
         for node in reversed(self.added):
             self.graph.erase_node(node)
+        shared = self.writes.shared
+        self.writes.shared = {key: node for key, node in shared.items() if node not in self.added}
         self.added.clear()
+
+    def in_order(self) -> Candidate:
+        """The candidate with q, k and v as ``[B, H, L, D]``."""
+        given = self.candidate
+        tensors = [self._in_order(*t) for t in zip((given.query, given.key, given.value), given.axes, strict=True)]
+        query, key, value = tensors
+        self.candidate = dataclasses.replace(given, query=query, key=key, value=value, axes=(IN_ORDER,) * 3)
+        return self.candidate
+
+    def _in_order(self, node: Node, axes: Axes) -> Node:
+        dims = list(axes)
+        if None in dims:
+            dims[dims.index(None)] = example(node).dim()
+            node = self.call("unsqueeze", node, -1)
+        return node if tuple(dims) == IN_ORDER else self.call("permute", node, *dims)
+
+    def out_of_order(self, out: Node) -> Node:
+        """The form's output ``[B, H, L, D]`` as the candidate's lies."""
+        axes = self.candidate.out_axes
+        if None in axes:
+            out = self.call("flatten", out, 0, 1)
+        dims = [axis for axis in axes if axis is not None]
+        order = sorted(range(len(dims)), key=dims.__getitem__)
+        return out if order == sorted(order) else self.call("permute", out, *order)
 
     def size(self, node: Node, dim: int) -> Any:
         """A size of a tensor, as a number where it is one."""
@@ -83,15 +124,30 @@ class Writer:
         written: dict[str, Any] = {}
         for name, value in matched.operands.items():
             operand = kinds[name]
-            if isinstance(value, int):
-                written[name] = value if operand.kind == "int" else self._constant(value)
-            elif operand.boolean:
-                written[name] = self._key_padding(value)
-            elif operand.kind == "request":
-                written[name] = self._per_request(value)
-            else:
-                written[name] = self._tensors(value)[value]
+            if isinstance(value, int) and operand.kind == "int":
+                written[name] = value
+                continue
+            key = self._identity(operand, value)
+            if key not in self.writes.shared:
+                self.writes.shared[key] = self._operand(operand, value)
+            written[name] = self.writes.shared[key]
         return written
+
+    def _identity(self, operand: Operand, value: Any) -> Hashable:
+        """What an operand is computed from: the same for two calls, it is one tensor."""
+        symbols = getattr(value, "free_symbols", ())
+        reads = [(o.symbol, read) for o, read in self.candidate.tensors.items() if o.symbol in symbols]
+        sources = frozenset((s, r if isinstance(r, Node) else (self._source(r), r.at, _reach(r))) for s, r in reads)
+        query, key = (example(t) for t in (self.candidate.query, self.candidate.key))
+        sizes = [size_of(size) for size in (query.shape[0], query.shape[2], key.shape[2])]
+        return operand.kind, operand.boolean, value, sources, query.device, *sizes
+
+    def _operand(self, operand: Operand, value: Any) -> Node:
+        if isinstance(value, int):
+            return self._constant(value)
+        if operand.boolean:
+            return self._key_padding(value)
+        return self._per_request(value) if operand.kind == "request" else self._tensors(value)[value]
 
     def _constant(self, number: Any) -> Node:
         query = self.candidate.query
@@ -99,10 +155,15 @@ class Writer:
         return self.call(torch.full, (self.size(query, 0),), number, dtype=torch.int32, device=device)
 
     def _per_request(self, value: sympy.Expr) -> Node:
-        """``[B]`` int32, of one-per-request tensors and sizes."""
+        """``[B]`` int32, of one-per-request tensors and sizes: ``FARTHEST`` where a number is past it."""
         tensors = self._tensors(value)
-        result = self._expression(value, {**tensors, **self._sizes(value, tensors)})
-        return self.call("to", result, torch.int32) if tensors else self._constant(result)
+        if not tensors:
+            return self._constant(self._expression(value, self._sizes(value, {})))
+        if value in tensors and example(tensors[value]).dtype == torch.int32:
+            return tensors[value]
+        wide = {s: self.call("to", n, torch.int64) for s, n in tensors.items()}
+        result = self._expression(value, {**wide, **self._sizes(value, wide)})
+        return self.call("to", self.call("clamp", result, -FARTHEST, FARTHEST), torch.int32)
 
     def _key_padding(self, value: sympy.Basic) -> Node:
         """``[B, Lk]`` bool."""
@@ -125,22 +186,47 @@ class Writer:
         """A tensor operand as ``[B]``, ``[B, Lq]`` or ``[B, Lk]``."""
         if isinstance(read, Node):
             return read
-        node = read.node
+        node = self._source(read)
         if any(i == 0 for i in read.at):
             node = self.call(operator.getitem, node, tuple(0 if i == 0 else slice(None) for i in read.at))
         left = [i for i in read.at if i != 0]
         if len(left) == 2 and left[1] == REQUEST:
             node = self.call("transpose", node, 0, 1)
-        if REQUEST in left:
-            return node
         query, key = self.candidate.query, self.candidate.key
-        sizes = [self.size(query, 0)]
-        if operand.kind != "request":
-            sizes.append(self.size(key if operand.kind == "key" else query, 2))
-        return self.call("expand", node, *sizes)
+        if REQUEST not in left:
+            sizes = [self.size(query, 0)]
+            if operand.kind != "request":
+                sizes.append(self.size(key if operand.kind == "key" else query, 2))
+            node = self.call("expand", node, *sizes)
+        return self._starts(node, read.reach) if isinstance(read, Starts) else node
+
+    def _starts(self, ids: Node, reach: int | None) -> Node:
+        """``[B, Lq]``: the first token with the id of each, or the oldest that it reaches."""
+        ids = self.call("contiguous", ids)
+        starts = self.call(torch.searchsorted, ids, ids)
+        if reach is None:
+            return starts
+        query = self.candidate.query
+        positions = self.call(torch.arange, self.size(query, 2), device=example(query).device)
+        return self.call(torch.maximum, starts, self.call(operator.sub, positions, reach - 1))
+
+    def _source(self, read: Read) -> Node:
+        """A tensor with what it held when the mask was made: itself, or a copy where somebody writes to it afterwards.
+
+        A step with a static cache adds to the number of cached tokens between its mask and its first attention. That
+        nobody wrote to the tensor before the mask was made is known, so one copy is right for every mask.
+        """
+        if not self.writes.between(read.node, read.reader, self.candidate.node):
+            return read.node
+        shared = self.writes.shared
+        if read.node not in shared:
+            inside = in_transform(read.reader)
+            require(not inside, f"{read.node.name} is read inside a functorch transform and written to afterwards")
+            shared[read.node] = self._call(read.reader, "clone", read.node)
+        return shared[read.node]
 
     def _sizes(self, value: sympy.Basic, known: Mapping[Any, Any]) -> dict[sympy.Symbol, Any]:
-        """Symbolic sizes that an expression reads, from the tensors that have them."""
+        """Symbolic sizes that an expression reads, from the tensors that have them or from the graph's numbers."""
         found: dict[sympy.Symbol, Any] = {}
         for symbol in value.free_symbols - known.keys():
             places = [
@@ -149,9 +235,10 @@ class Writer:
                 for dim in range(4)
                 if size_of(example(tensor).shape[dim]) == symbol
             ]
-            if not places:
-                raise Unreadable(f"the size {symbol} is neither q's nor k's")
-            found[symbol] = self.size(*places[0])
+            numbers = [n for n in self.graph.find_nodes(op="placeholder") if size_of(n) == symbol]
+            if not places and not numbers:
+                raise Unreadable(f"the size {symbol} is neither q's nor k's, and no input of the graph")
+            found[symbol] = self.size(*places[0]) if places else numbers[0]
         return found
 
     def _expression(self, e: sympy.Basic, named: Mapping[Any, Any]) -> Any:
