@@ -6,24 +6,29 @@ Nothing else in the project imports ``torch._inductor`` or ``torch._dynamo``, ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch._dynamo.utils import counters
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2 as auto_functionalized
-from torch._inductor import config, ir, lowering
+from torch._inductor import config, inductor_prims, ir, lowering, scheduler
 from torch._inductor.codegen.common import TritonScratchWorkspace, get_device_op_overrides
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.ops_handler import OpsHandler
+from torch._inductor.scheduler import SchedulerNode
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max, Min, ModularIndexing
 
 __all__ = [
+    "MOVES",
     "VIEWS",
     "CustomGraphPass",
     "FloorDiv",
@@ -35,10 +40,13 @@ __all__ = [
     "calls_of",
     "compile_and_package",
     "compile_fx",
+    "computed_in_order",
     "config",
     "contiguous",
+    "current_graph",
     "current_node",
     "divide",
+    "elementwise",
     "empty_strided",
     "equal",
     "example_arguments",
@@ -46,6 +54,8 @@ __all__ = [
     "fallback",
     "graph_breaks",
     "ir",
+    "is_generated",
+    "keep_stride_order",
     "known_true",
     "lower",
     "masked_scatter",
@@ -53,6 +63,7 @@ __all__ = [
     "multiple_of",
     "ops",
     "permute",
+    "prologues_first",
     "realized",
     "register_lowering",
     "scratch_is_safe",
@@ -60,7 +71,9 @@ __all__ = [
     "serving_options",
     "size_hint",
     "static_int",
+    "template_options",
     "unit_last_stride",
+    "why_apart",
 ]
 
 register_lowering = lowering.register_lowering
@@ -72,6 +85,11 @@ VIEWS = tuple(
     if overload in packet.overloads()
 )
 """Views in a functional graph that keep the order of elements: one of the same shape is the same tensor."""
+MOVES = (
+    torch.ops.aten.permute.default, torch.ops.aten.transpose.int, torch.ops.aten.slice.Tensor,
+    torch.ops.aten.select.int, torch.ops.aten.expand.default,
+)  # fmt: skip
+"""Views that do not."""
 
 
 def surely(condition: bool | torch.SymBool) -> bool:
@@ -112,19 +130,24 @@ def compile_and_package(gm: torch.fx.GraphModule, inputs: tuple[Any, Any], path:
     return torch._inductor._aoti_compile_and_package_inner(gm, *inputs, package_path=path, inductor_configs=options)
 
 
+def template_options() -> dict[str, Any]:
+    """Options for graphs with templates of ours.
+
+    Up to 2.12, reordering loops keeps an epilogue that flattens the heads out of the attention kernel.
+    """
+    return {} if hasattr(config, "loop_reindexing_after_fusion") else {"loop_ordering_after_fusion": False}
+
+
 def serving_options() -> dict[str, Any]:
     """Options for graphs that read and write a KV cache.
 
     Combo kernels put independent kernels of one level of the graph into one launch: the norm and RoPE of q, which has
     more heads than k, run in the launch that stores k and v. From 2.13 on Inductor refuses where its estimate of the
-    peak memory rises by 5%: a graph that serves keeps almost nothing alive, so one layer's q passes that limit. Up to
-    2.12, reordering loops keeps an epilogue that flattens the heads out of the attention kernel.
+    peak memory rises by 5%: a graph that serves keeps almost nothing alive, so one layer's q passes that limit.
     """
-    options: dict[str, Any] = {"combo_kernels": True}
+    options: dict[str, Any] = {"combo_kernels": True, **template_options()}
     if hasattr(config, "combo_kernel_peak_memory_pct_threshold"):
         options["combo_kernel_peak_memory_pct_threshold"] = None
-    if not hasattr(config, "loop_reindexing_after_fusion"):
-        options["loop_ordering_after_fusion"] = False
     return options
 
 
@@ -172,6 +195,13 @@ def unit_last_stride(box: Any) -> Any:
 def contiguous(box: Any) -> Any:
     """The value as a contiguous buffer, copied only where it is not one."""
     return ir.ExternKernel.require_contiguous(box)
+
+
+def keep_stride_order(graph: torch.fx.Graph, value: torch.fx.Node, strides: Sequence[int]) -> torch.fx.Node:
+    """The value of a node, laid out with strides that have the order of ``strides``."""
+    node = graph.call_function(inductor_prims.force_stride_order, (value, list(strides)))
+    node.meta["val"] = value.meta["val"]
+    return node
 
 
 def static_int(value: Any) -> int:
@@ -243,6 +273,78 @@ def masked_scatter(target: Any, size: Sequence[Any], *stores: MaskedStore) -> No
     V.graph.register_operation(buffer)
 
 
+class Elementwise(NamedTuple):
+    """A value that Inductor computes element by element, and has not computed yet."""
+
+    operations: frozenset[str]
+    """Names of Inductor's operations in it, and in what only it reads."""
+    buffers: tuple[str, ...]
+    """Names of the operations of the graph that compute it, where some are in memory of their own."""
+    loads: int
+    """How many loads an element of it takes."""
+    lies_in_memory: bool
+    """Whether it has a buffer already, whose loops are what they are."""
+
+
+def _under_views(box: Any) -> Any:
+    """The buffer, or the loops of what is no buffer yet, under a value's views."""
+    while isinstance(box, (ir.BaseView, ir.MutableBox)):
+        box = box.data
+    return box
+
+
+def _is_as_large(buffer: Any, loops: Any) -> bool:
+    """Whether a buffer is an earlier form of a value, and no table, such as angles, of which many elements read one."""
+    return 2 * size_hint(buffer.get_numel()) > size_hint(sympy.prod(loops.ranges))
+
+
+def elementwise(box: Any) -> Elementwise | None:
+    """How a value is computed, or None where it is not elementwise: an input, a product, a reduction."""
+    data = _under_views(box)
+    buffered = isinstance(data, ir.ComputedBuffer)
+    loops = data.data if buffered else data
+    if not isinstance(loops, ir.Pointwise):
+        return None
+    count = loops.inner_fn_opcount()
+    operations, names = set(count.used_ops), [data.get_operation_name()] if buffered else []
+    loads = len(count.read_buffers)
+    for name in count.read_buffers:
+        read = V.graph.try_get_buffer(name)
+        if isinstance(read, ir.ComputedBuffer) and isinstance(read.data, ir.Pointwise) and _is_as_large(read, loops):
+            node = read.get_origin_node()
+            if node is not None and len(node.users) == 1:
+                before = read.data.inner_fn_opcount()
+                operations |= before.used_ops
+                loads += len(before.read_buffers) - 1
+                names.append(read.get_operation_name())
+    return Elementwise(frozenset(operations), tuple(names), loads, buffered)
+
+
+def computed_in_order(box: Any, order: Sequence[int], value: Elementwise) -> Any | None:
+    """An ``elementwise`` value as a dense buffer with its dimensions in ``order``, which a template may compute itself.
+
+    None where it lies in memory in another order. A template reads a tile once, so that it reads no more bytes than a
+    kernel of its own would, which would write them too: Inductor's estimate for products, whose operands are read again
+    and again, is left out.
+    """
+    moved, data = permute(box, order), _under_views(box)
+    if value.lies_in_memory:
+        data.decide_layout()
+        buffer = realized(moved)
+        dense = ir.FlexibleLayout.contiguous_strides(buffer.get_size())
+        if not all(known_true(sympy.Eq(s, d)) for s, d in zip(buffer.get_stride(), dense, strict=True)):
+            return None
+    else:
+        with ir.IRNode.current_origins(data.origins):
+            buffer = ir.Pointwise.create(
+                device=moved.get_device(), dtype=moved.get_dtype(), inner_fn=moved.make_loader(),
+                ranges=[V.graph.sizevars.simplify(size) for size in moved.get_size()],
+            )  # fmt: skip
+        buffer = realized(buffer)
+    V.graph.invoke_quant_ops.update([_under_views(buffer).get_operation_name(), *value.buffers])
+    return buffer
+
+
 def known_true(condition: Any) -> bool:
     """Whether a condition on sizes holds for every value they may take, without a guard."""
     return bool(V.graph.sizevars.statically_known_true(condition))
@@ -281,6 +383,69 @@ def calls_of(gm: torch.fx.GraphModule, targets: Collection[Any]) -> list[torch.f
     """Every node of a graph and of the graphs inside it that calls one of ``targets``."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
     return [node for graph in graphs for node in graph.nodes if node.target in targets]
+
+
+@contextlib.contextmanager
+def prologues_first() -> Iterator[None]:
+    """Leave out of kernels side by side what a template may compute (``computed_in_order``), while a graph is compiled.
+
+    Inductor fuses prologues last. RoPE of q and of k read the same angles, and with as many heads of both they become
+    one kernel, of which a template could take no part any more.
+    """
+    theirs = V.choices
+
+    class Choices(type(theirs)):  # type: ignore[misc]
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            if any(node.get_operation_names() <= V.graph.invoke_quant_ops for node in (node1, node2)):
+                return False
+            return theirs.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+
+    ours = copy.copy(theirs)
+    ours.__class__ = Choices
+    with V.set_choices_handler(ours):
+        yield
+
+
+def is_generated(kernel: Any) -> bool:
+    """Whether Inductor generates all of a kernel in its schedule: it is no template and calls nothing else."""
+    return all(isinstance(part, SchedulerNode) and not part.is_template() for part in kernel.get_nodes())
+
+
+def why_apart(first: Any, second: Any) -> str:
+    """Why Inductor did not fuse two kernels of its schedule, in its words; the second reads what the first writes."""
+    with _reasons() as reasons:
+        first.scheduler.can_fuse(first, second)
+    return reasons[0] if reasons else "another fusion came first"
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[list[str]]:
+    """Collect why Inductor fuses two kernels not: it logs that and returns no more than False."""
+    reasons: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            why: Any = record.msg
+            if isinstance(why, scheduler.WhyNoFuse):
+                reasons.append(why.reason % why.args)
+
+    logger, handler = scheduler.fusion_log, Collect()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield reasons
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def current_graph() -> Any:
+    """The graph that Inductor is lowering or scheduling."""
+    return V.graph
 
 
 def current_node() -> torch.fx.Node:

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from inductor_passes import BLOCK_MASKS_OPTION, LIBRARY_OPTION, RECOGNISE_OPTION, compat, store
+from custom_ops.forms import FORMS
+from inductor_passes import BLOCK_MASKS_OPTION, LIBRARY_OPTION, RECOGNISE_OPTION, compat, decisions, store
 from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
+from inductor_passes.fusions import ReportFusions
 from inductor_passes.graph_pass import Chain, GraphPass
 from inductor_passes.group import GroupForms
 from inductor_passes.library import PreferLibrary
+from inductor_passes.merge_heads import MergeHeads
 from inductor_passes.paged_lowering import PreferPortable
 from inductor_passes.recognise import Recognise
 from inductor_passes.separate_caches import SeparateCaches
@@ -21,6 +24,9 @@ from inductor_passes.store_pieces import StorePieces
 
 HOOK = "post_grad_custom_pre_pass"
 """Where form ops are grouped: after autograd and decompositions, before Inductor's own post-grad passes."""
+
+SCHEDULED = "_post_fusion_custom_pass"
+"""Where Inductor's schedule is final."""
 
 
 def compile_with_passes(
@@ -38,9 +44,9 @@ def compile_with_passes(
     leaves attention that is written without our ops as it is; else what means a form becomes its op first. A third,
     ``trust_block_masks`` (False by default), takes the user's word that FlexAttention's BlockMasks from outside of the
     graph were made by ``create_block_mask`` of their own ``mask_mod``. A pass that
-    the user has in the same hook, through ``options`` or Inductor's config, runs after ours. A graph that reads or
-    writes a KV cache starts from ``compat.serving_options``, which ``mode`` and ``options`` override, and computes
-    RoPE's angles once.
+    the user has in the same hook, through ``options`` or Inductor's config, runs after ours. A graph with attention of
+    ours starts from ``compat.template_options``, one that reads or writes a KV cache from ``compat.serving_options``,
+    which ``mode`` and ``options`` override, and both compute RoPE's angles once, the first in inference alone.
     """
     if keywords:
         raise TypeError(f"backend 'lowered_attn': expected mode and options, got also {sorted(keywords)}; remove them")
@@ -48,7 +54,8 @@ def compile_with_passes(
     if mode is not None and mode != "default":
         patches.update(compat.mode_options(mode))
     patches.update(options or {})
-    return compat.compile_fx(gm, example_inputs, config_patches=with_passes(gm, patches))
+    with compat.prologues_first():
+        return compat.compile_fx(gm, example_inputs, config_patches=with_passes(gm, patches))
 
 
 def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequence[GraphPass] = ()) -> dict[str, Any]:
@@ -61,18 +68,22 @@ def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequ
     recognise = [Recognise(trust_block_masks)] if patches.pop(RECOGNISE_OPTION, True) else []
     for one in recognise:
         recognise_in(gm, one)
-    serving = serves(gm)
+    serving, attending = serves(gm), attends(gm)
+    if attending:
+        patches = {**compat.template_options(), **patches}
     if serving:
         store.check_caches(gm)
         patches = {**compat.serving_options(), **patches}
     prefer = PreferLibrary() if patches.pop(LIBRARY_OPTION, True) else PreferPortable()
     group = GroupForms(reports=not recognise)
-    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group]
-    if serving:
+    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group, MergeHeads()]
+    if serving or (attending and not torch.is_grad_enabled()):
         ours.append(ShareAngles())
     users = patches.get(HOOK, getattr(compat.config, HOOK))
     users_passes = list(users) if isinstance(users, (list, tuple)) else [users] if users is not None else []
     patches[HOOK] = Chain(*ours, *last, *users_passes, after=recognise)
+    if decisions.is_recording():
+        patches[SCHEDULED] = ReportFusions(patches.get(SCHEDULED, getattr(compat.config, SCHEDULED)))
     return patches
 
 
@@ -84,6 +95,11 @@ def recognise_in(gm: torch.fx.GraphModule, recognise: Recognise) -> None:
             recognise(module.graph)
             if recognise.rewritten != before:
                 module.recompile()
+
+
+def attends(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph as Dynamo made it, and ``Recognise`` rewrote it, calls a form op."""
+    return bool(compat.calls_of(gm, {target for form in FORMS.values() for target in (form.op, form.op.default)}))
 
 
 def serves(gm: torch.fx.GraphModule) -> bool:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Literal
 
-Stage = Literal["recognised", "grouped", "lowered", "refused"]
+Stage = Literal["recognised", "grouped", "lowered", "fused", "apart", "refused"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Decision:
     """What was decided.
 
     ``recognised``: user code became a form op; ``grouped``: a form op became a grouped op; ``lowered``: a grouped op
-    became a kernel; ``refused``: left as it was.
+    became a kernel; ``fused``: that kernel computes what is before or after attention too; ``apart``: what could have
+    been in that kernel is not; ``refused``: left as it was.
     """
     op: str
     """The form's name."""

@@ -36,6 +36,14 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+def describe(node: torch.fx.Node) -> str:
+    """A node by what it does, for people: ``mul``, or ``the graph's output``."""
+    if node.op == "output":
+        return "the graph's output"
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet)).strip("_")
+
+
 class GraphPass(CustomGraphPass, abc.ABC):
     """A rewrite of an FX graph in place. Subclasses are named by what they do and implement ``rewrite``."""
 

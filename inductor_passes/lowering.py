@@ -22,7 +22,7 @@ from custom_ops.kernels.tile_config import (
     heads_together,
 )
 from custom_ops.masks import Mask
-from inductor_passes import compat, decisions
+from inductor_passes import compat, decisions, fusions, prologues
 from inductor_passes.group import output_is_read
 from inductor_passes.templates import attention_template
 
@@ -87,7 +87,8 @@ def _lower_to_template(
 ) -> tuple[Any, Any]:
     """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates."""
     device, dtype = query.get_device(), query.get_dtype()
-    batch, heads, query_len, _ = query.get_size()
+    call_sizes = query.get_size()
+    batch, heads, query_len, _ = call_sizes
     kv_heads, value_heads, head_dim, value_dim = (
         compat.static_int(t.get_size()[i]) for t, i in ((key, 1), (value, 1), (key, 3), (value, 3))
     )
@@ -98,7 +99,9 @@ def _lower_to_template(
         _record(form_name, "nothing to compute: no queries", kernel="none")
         out = compat.empty_strided(out_size, dtype, device)
         return compat.permute(out, (0, 2, 1, 3)), compat.empty_strided(lse_size, torch.float32, device)
-    query, key, value = (compat.unit_last_stride(t) for t in (query, key, value))
+    given = prologues.offer(query, head_dim, list(attention_template.QUERY_ORDERS))
+    query = compat.unit_last_stride(given.box) if given.order is None else compat.realized(given.box)
+    key, value = compat.unit_last_stride(key), compat.unit_last_stride(value)
     operands = {name: compat.contiguous(t) for name, t in kernel_operands(slots).items() if t is not None}
     lse = compat.empty_strided(lse_size, torch.float32, device)
     writes_lse = output_is_read(compat.current_node(), 1)
@@ -120,7 +123,7 @@ def _lower_to_template(
         ),
     }
     inputs = [query, key, value, *([lse] if writes_lse else []), *operands.values()]
-    template = attention_template.template_of(mask, tuple(operands), writes_lse)
+    template = attention_template.template_of(mask, tuple(operands), writes_lse, given.order)
     arch = architecture(device)
     width = mask.width_for(slots.ints)
     may_use_descriptors = can_use_descriptors(arch, slots.key_padding is not None) and compat.scratch_is_safe()
@@ -136,7 +139,7 @@ def _lower_to_template(
     choices: list[Any] = []
     for c in configs:
         error = template.maybe_append_choice(
-            choices, input_nodes=inputs, layout=layout, call_sizes=query.get_size(),
+            choices, input_nodes=inputs, layout=layout, call_sizes=call_sizes,
             mutated_inputs=[lse] if writes_lse else None, DESCRIPTORS=c.descriptors,
             num_stages=c.num_stages, num_warps=c.num_warps, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
             MAY_BE_FULL=may_be_full(mask, slots.ints, c.block_n), **shared,
@@ -144,6 +147,9 @@ def _lower_to_template(
         if error is not None and len(configs) == 1:
             raise error
     out = compat.select(template.name, choices, inputs, layout)
+    refusal = {"q": given.refusal} if given.refusal else {}
+    again = dict.fromkeys(("k", "v"), fusions.AGAIN)
+    fusions.watch(out, form_name, {"q": query, "k": key, "v": value}, refusal | again)
     _record(
         form_name, _sentence(configs), kernel="triton_grouped", template=template.name,
         configs=[str(c) for c in configs], architecture=arch, writes_lse=writes_lse,

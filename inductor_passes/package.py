@@ -31,7 +31,8 @@ def package_with_passes(program: torch.export.ExportedProgram, path: Any, option
     gm = program.module(check_guards=False)
     assert isinstance(gm, torch.fx.GraphModule) and program.example_inputs is not None
     erase_assertions(gm.graph)
-    return compat.compile_and_package(gm, program.example_inputs, path, with_passes(gm, options, [SpellOut()]))
+    with compat.prologues_first():
+        return compat.compile_and_package(gm, program.example_inputs, path, with_passes(gm, options, [SpellOut()]))
 
 
 def erase_assertions(graph: torch.fx.Graph) -> None:

@@ -17,11 +17,14 @@ from custom_ops.kernels.specialise import FP8_ARCHITECTURE, architecture
 from custom_ops.paged.call import PagedCall
 from custom_ops.paged.layout import FP8
 from custom_ops.paged.schedule import ScheduleCall, config_of
-from inductor_passes import compat, decisions
+from inductor_passes import compat, decisions, fusions
 from inductor_passes.graph_pass import GraphPass
 from inductor_passes.group import module_of, output_is_read
 from inductor_passes.share_schedule import CALLS, SCHEDULE, bound_arguments, call_of
 from inductor_passes.templates import paged_template
+
+PARTS = "several programs load it, each for a part of the keys, so it is computed once, where new keys are stored"
+"""Why nothing that a paged call loads is a prologue."""
 
 
 class PreferPortable(GraphPass):
@@ -149,6 +152,8 @@ def _lower_to_template(boxes: _Boxes, example: PagedCall, config: PagedConfig) -
     if error is not None:
         raise error
     out = compat.select(template.name, choices, inputs, layout)
+    new = {name: given[name.upper()] for name in ("q", "k", "v") if name.upper() in given}
+    fusions.watch(out, example.op, new, dict.fromkeys(new, PARTS))
     over = f" over latents of {size[2]} + {constants['D'] - size[2]} elements" if example.latent else ""
     _record(
         example, f"paged Triton template{over}, {config}", kernel="triton_paged", template=template.name,

@@ -1,6 +1,6 @@
 """What the compiler did with a model's attention.
 
-What was recognised, what it became, which kernel and config, what was refused and why.
+What was recognised, what it became, which kernel and config, what was fused into it, what was refused and why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ class Explanation:
     """The compiler's decisions about one run of a model. ``print`` it, or read its fields."""
 
     decisions: tuple[Decision, ...]
-    """Every decision, in order; ``stage`` is ``"recognised"``, ``"grouped"``, ``"lowered"`` or ``"refused"``."""
+    """Every decision, in order; ``stage`` is one of ``inductor_passes.decisions.Stage``.
+
+    On a GPU, ``"fused"`` and ``"apart"`` say what Inductor computes in the attention kernel and what it does not, both
+    before attention and after it.
+    """
     graph_breaks: dict[str, int]
     """Where Dynamo left the graph, by reason; empty is what you want."""
     graphs: tuple[tuple[str, str, str], ...]

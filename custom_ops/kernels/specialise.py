@@ -76,6 +76,12 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def loads_in_parts(head_dim: int) -> bool:
+    """Whether ``load_query`` of ``custom_ops/kernels/tile.py`` cuts a query of this head dim in two."""
+    pad = padded_dim(head_dim)
+    return pad >= 64 and head_dim - pad // 2 <= pad // 4
+
+
 def may_be_full(mask: Mask, ints: tuple[int, ...], block_n: int) -> bool:
     """Whether a tile of ``block_n`` keys can be visible to a whole tile of rows.
 

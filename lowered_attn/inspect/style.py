@@ -28,7 +28,7 @@ th, td { text-align: left; vertical-align: top; padding: .4rem .7rem; border-top
 th { overflow-wrap: normal } td code { white-space: nowrap }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } td { min-width: 5.5rem }
 .stage { font-weight: 600; white-space: nowrap } td:last-child { min-width: 12rem }
-.stage.refused { color: var(--bad) } .stage.lowered, .stage.recognised { color: var(--good) }
+.stage.refused { color: var(--bad) } .stage.lowered, .stage.recognised, .stage.fused { color: var(--good) }
 details { margin: .6rem 0 } summary { cursor: pointer; padding: .3rem 0 } figure { margin: .8rem 0 }
 figure svg { max-width: 100%; height: auto } .roof text { font: 12px system-ui, sans-serif; fill: var(--text) }
 .roof .axis { stroke: var(--soft); stroke-width: 1 } .roof .limit { stroke: var(--accent); stroke-width: 2; fill: none }

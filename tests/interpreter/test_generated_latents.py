@@ -6,14 +6,9 @@ tests of the interpreter.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -26,6 +21,7 @@ from custom_ops.kernels.specialise import padded_dim
 from custom_ops.paged.reference import reference_attention_of
 from custom_ops.paged.schedule import ScheduleCall
 from inductor_passes.gpu_facts import gpu_facts
+from tests.interpreter.generated import kernel, sources_of
 from tests.latent_cases import make
 from tests.latent_models import PAGE_SIZE, PAGES, SLOTS, by_halves
 from tests.latent_sources import ARCH, CASES, STORES
@@ -37,29 +33,11 @@ pytestmark = [
     # Rows that see nothing subtract -inf from -inf before that is replaced.
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
 ]
-DECORATOR = re.compile(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", re.DOTALL)
-"""Inductor's autotuner, which asks for a GPU."""
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("generated")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-m", "tests.latent_sources", str(folder)], check=True, cwd=root, env=environment)
-    return json.loads((folder / "sources.json").read_text())
-
-
-def kernel(source: str, path: pathlib.Path) -> Any:
-    """The kernel of a generated module, interpreted; Triton reads its source from ``path``."""
-    source = DECORATOR.sub("", source).replace("triton_helpers.set_driver_to_gpu()", "")
-    path.write_text(source.replace("libdevice.rsqrt", "tl.rsqrt"))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    (name,) = re.findall(r"^def (triton_(?:per|red|tem)_\w+)\(", source, re.MULTILINE)
-    return getattr(module, name)
+    return sources_of("tests.latent_sources", tmp_path_factory.mktemp("generated"))
 
 
 @pytest.mark.parametrize("name", STORES)
