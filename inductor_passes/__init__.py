@@ -16,6 +16,7 @@ __all__ = [
     "BLOCK_MASKS_OPTION",
     "CHOSEN",
     "LIBRARY_OPTION",
+    "QUERIES_OPTION",
     "RECOGNISE_OPTION",
     "compile_with_passes",
     "decisions",
@@ -36,8 +37,14 @@ LIBRARY_OPTION = "library_kernels"
 
 False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper one of paged attention.
 """
+QUERIES_OPTION = "compute_queries"
+"""An option of our own in ``torch.compile(..., options=)``, False by default.
+
+True computes in the attention kernel what makes its queries, elementwise, where registers allow. Off until it is
+measured: a query that was computed lies in registers, where Hopper's matrix instructions read shared memory otherwise.
+"""
 RECOGNISE_OPTION = "recognise"
-"""The other option of our own, True by default.
+"""An option of our own, True by default.
 
 False leaves attention that the user wrote without our ops, such as ``scaled_dot_product_attention``, as it is.
 """

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 
 from custom_ops.forms import FORMS
-from inductor_passes import BLOCK_MASKS_OPTION, LIBRARY_OPTION, RECOGNISE_OPTION, compat, decisions, store
+from inductor_passes import (
+    BLOCK_MASKS_OPTION,
+    LIBRARY_OPTION,
+    QUERIES_OPTION,
+    RECOGNISE_OPTION,
+    compat,
+    decisions,
+    store,
+)
 from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
 from inductor_passes.fusions import ReportFusions
 from inductor_passes.graph_pass import Chain, GraphPass
@@ -16,6 +24,7 @@ from inductor_passes.group import GroupForms
 from inductor_passes.library import PreferLibrary
 from inductor_passes.merge_heads import MergeHeads
 from inductor_passes.paged_lowering import PreferPortable
+from inductor_passes.prologues import ComputeQueries
 from inductor_passes.recognise import Recognise
 from inductor_passes.separate_caches import SeparateCaches
 from inductor_passes.share_angles import ShareAngles
@@ -43,10 +52,11 @@ def compile_with_passes(
     our templates, which Inductor can fuse into, also where another kernel was measured faster. ``recognise=False``
     leaves attention that is written without our ops as it is; else what means a form becomes its op first. A third,
     ``trust_block_masks`` (False by default), takes the user's word that FlexAttention's BlockMasks from outside of the
-    graph were made by ``create_block_mask`` of their own ``mask_mod``. A pass that
-    the user has in the same hook, through ``options`` or Inductor's config, runs after ours. A graph with attention of
-    ours starts from ``compat.template_options``, one that reads or writes a KV cache from ``compat.serving_options``,
-    which ``mode`` and ``options`` override, and both compute RoPE's angles once, the first in inference alone.
+    graph were made by ``create_block_mask`` of their own ``mask_mod``; a fourth, ``compute_queries`` (False by
+    default), computes in the attention kernel what makes its queries. A pass that the user has in the same hook,
+    through ``options`` or Inductor's config, runs after ours. A graph with attention of ours starts from
+    ``compat.template_options``, one that reads or writes a KV cache from ``compat.serving_options``, which ``mode`` and
+    ``options`` override, and both compute RoPE's angles once, the first in inference alone.
     """
     if keywords:
         raise TypeError(f"backend 'lowered_attn': expected mode and options, got also {sorted(keywords)}; remove them")
@@ -77,6 +87,8 @@ def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequ
     prefer = PreferLibrary() if patches.pop(LIBRARY_OPTION, True) else PreferPortable()
     group = GroupForms(reports=not recognise)
     ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group, MergeHeads()]
+    if patches.pop(QUERIES_OPTION, False):
+        ours.append(ComputeQueries())
     if serving or (attending and not torch.is_grad_enabled()):
         ours.append(ShareAngles())
     users = patches.get(HOOK, getattr(compat.config, HOOK))

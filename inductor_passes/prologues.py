@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from custom_ops.kernels.specialise import loads_in_parts, padded_dim
-from inductor_passes import compat
-from inductor_passes.graph_pass import describe
+from inductor_passes import QUERIES_OPTION, compat
+from inductor_passes.graph_pass import GraphPass, describe
 
 SLOW = frozenset({"cos", "sin", "tan", "rand", "randn", "randint64"})
 """Operations with long code, which takes the registers that the kernel has left or more."""
@@ -28,6 +28,20 @@ MOST_LOADS = 6 * 128
 ``x * cos + cat(-x2, x1) * sin``, and costs 206 registers; as ``cat(x1 * cos - x2 * sin, ...)`` it has 8 and spilled."""
 
 _VIEWS = (*compat.VIEWS, torch.ops.aten.permute.default, torch.ops.aten.transpose.int)
+
+
+WANTED = "lowered_attn.compute_queries"
+"""Mark of calls whose queries may be computed in the kernel, in ``node.meta``."""
+
+
+class ComputeQueries(GraphPass):
+    """Mark grouped calls as those whose kernel may compute the queries."""
+
+    def rewrite(self, graph: torch.fx.Graph) -> int:
+        calls = graph.find_nodes(op="call_function", target=torch.ops.lowered_attn.grouped_attention.default)
+        for node in calls:
+            node.meta[WANTED] = True
+        return len(calls)
 
 
 class Query(NamedTuple):
@@ -50,6 +64,8 @@ def offer(box: Any, head_dim: int, orders: Sequence[tuple[int, ...]]) -> Query:
     if value is None:
         return Query(box, None)
     call = compat.current_node()
+    if not call.meta.get(WANTED):
+        return Query(box, None, f'it would be computed in the kernel with options={{"{QUERIES_OPTION}": True}}')
     node = call.all_input_nodes[0]
     others, slow = other_readers(node, call), sorted(value.operations & SLOW)
     if others:

@@ -23,7 +23,7 @@ def aoti_compile_and_package(
     In place of `torch._inductor.aoti_compile_and_package`, with its arguments: `exported_program` comes from
     `torch.export.export` and stays as it is; `package_path` ends in ".pt2", or is a file that can be written and
     sought, or None for a path in Inductor's cache; `inductor_configs` holds Inductor's options, and our own:
-    `recognise` and `library_kernels`. Returns `package_path`, or the path that was chosen.
+    `recognise`, `library_kernels` and `compute_queries`. Returns `package_path`, or the path that was chosen.
 
     Form ops become grouped kernels; attention that is written without them is recognised in the exported graph first,
     but for FlexAttention, whose block masks cannot be read there; stores and paged attention are lowered, and one tile

@@ -16,7 +16,7 @@ import sys
 import torch
 from torch import Tensor
 
-from inductor_passes import LIBRARY_OPTION
+from inductor_passes import LIBRARY_OPTION, QUERIES_OPTION
 from inductor_passes.pretend_gpu import generate, pretend_gpu
 from lowered_attn.compile import backend
 from tests import fusions
@@ -60,7 +60,8 @@ def source(case: Fused) -> dict[str, object]:
         with gpu.fake_tensors():
             given = case.inputs("cuda")
         made = generate(
-            lambda *tensors: case(Inputs(*tensors)), *given, backend=backend, options={LIBRARY_OPTION: False}
+            lambda *tensors: case(Inputs(*tensors)), *given, backend=backend,
+            options={LIBRARY_OPTION: False, QUERIES_OPTION: True},
         )
     assert len(called(made)) == 1, called(made)
     (launch,) = re.findall(r"triton_tem_\w+\.run\((.*), stream=", made.wrapper)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="Triton compiles the generated code")
 
 from custom_ops.paged import CacheSizes, empty_caches
-from inductor_passes import LIBRARY_OPTION, decisions
+from inductor_passes import LIBRARY_OPTION, QUERIES_OPTION, decisions
 from inductor_passes.pretend_gpu import Generated, generate, pretend_gpu
 from inductor_passes.resources import compile_kernel
 from lowered_attn.compile import backend
@@ -38,7 +38,7 @@ def compiled(
         with decisions.recording() as log:
             made = generate(
                 lambda *tensors: model(Inputs(*tensors)), *given, backend=backend, dynamic=dynamic,
-                options={LIBRARY_OPTION: False, **options},
+                options={LIBRARY_OPTION: False, QUERIES_OPTION: True, **options},
             )  # fmt: skip
     return made, log.records
 
@@ -96,7 +96,7 @@ class Paged(nn.Module):
 
 
 def paged(name: str, **keywords: Any) -> tuple[list[str], list[decisions.Decision]]:
-    options = {LIBRARY_OPTION: False, **keywords.pop("options", {})}
+    options = {LIBRARY_OPTION: False, QUERIES_OPTION: True, **keywords.pop("options", {})}
     with pretend_gpu("sm_90") as gpu, torch.no_grad():
         with gpu.fake_tensors():
             rows = torch.empty(2, TOKENS, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
@@ -312,7 +312,7 @@ def test_a_training_graph_keeps_the_query_that_its_gradient_reads() -> None:
                 lambda q, k, v, turns: fusions.attend(
                     (at := Inputs(q, k, v, turns, turns, turns, turns)), fusions.rope_of(q, at)
                 ),
-                *given, backend=backend, options={LIBRARY_OPTION: False},
+                *given, backend=backend, options={LIBRARY_OPTION: False, QUERIES_OPTION: True},
             )  # fmt: skip
     (apart,) = said(log.records, "apart")
     assert apart.endswith("its result is also read by the graph's output")

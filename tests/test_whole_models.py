@@ -28,7 +28,7 @@ def document(**changes: Any) -> dict[str, Any]:
 
 def test_the_report_says_what_the_data_says() -> None:
     text = report_models.block(document(), None)
-    assert "| decode, static cache, CUDA graph: 64 x 4,096 | 8.0 (1.50x, 1.25x) |  | 8.0 | WRONG |  |" in text
+    assert "| decode, static cache, CUDA graph: 64 x 4,096 | 8.0 (1.50x, 1.25x) | 8.0 | WRONG |\n" in text
     assert "Medians of 5 interleaved rounds. a GPU, torch 2.11" in text
 
 
@@ -40,7 +40,8 @@ def test_a_tiny_model_is_measured_without_a_gpu(tmp_path: Path, capsys: pytest.C
     command = ["--device", "cpu", "--size", "tiny", "--layers", "1", "--rounds", "2", "--repeats", "2"]
     chosen = ["--cases", "prefill-causal,decode", "--variants", "ours,sdpa", "--output", str(output)]
     assert whole_models.main([*command, *chosen]) == 0, capsys.readouterr().out
-    cases = {case["name"]: case for case in json.loads(output.read_text())["cases"]}
+    written = json.loads(output.read_text())
+    cases = {case["name"]: case for case in written["cases"]}
     assert list(cases) == ["prefill-causal", "decode"]
     for case in cases.values():
         ours, sdpa = case["rows"]

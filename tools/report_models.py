@@ -17,23 +17,25 @@ COLUMNS = {
     "flex": "Flex, plain",
     "flex-ahead": "Flex, a mask that costs nothing",
 }
-"""Variant and heading, left to right."""
+"""Variant and heading, left to right. One that no case has is left out."""
 
 
 def block(document: Document, plot: str | None) -> str:
     """What stands between the markers, from `python -m tools.whole_models --output models.json`."""
     host = document["host"]
+    measured = {row["variant"] for case in document["cases"] for row in case["rows"]}
+    columns = {variant: heading for variant, heading in COLUMNS.items() if variant in measured}
     lines = [
         f"A Hugging Face model (Transformers {host['transformers']}) of {document['layers']} layers of Qwen3-8B's "
         f"shape, random weights, {document['dtype'].removeprefix('torch.')}: thousands of tokens/s, and how many times "
         "those of plain `torch.compile` with SDPA and with Flex.",
         "",
-        "| case | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (1 + len(COLUMNS)) + "|",
+        "| case | " + " | ".join(columns.values()) + " |",
+        "|---" * (1 + len(columns)) + "|",
     ]
     for case in document["cases"]:
         rows = {row["variant"]: row for row in case["rows"]}
-        cells = [_cell(rows.get(variant)) for variant in COLUMNS]
+        cells = [_cell(rows.get(variant)) for variant in columns]
         lines.append(f"| {TITLES[case['name']]}: {case['requests']} x {case['tokens']:,} | " + " | ".join(cells) + " |")
     lines += [
         "",

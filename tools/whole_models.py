@@ -295,6 +295,16 @@ def _pair(text: str) -> tuple[int, int]:
     return int(requests), int(tokens)
 
 
+def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command to repeat: what differs from the defaults, without where it writes."""
+    words = []
+    for name, value in vars(options).items():
+        if name not in ("output", "commit") and value != parser.get_default(name):
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join(["python -m tools.whole_models", *words])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON, and return 1 where a variant was wrong or failed."""
     p = argparse.ArgumentParser(
@@ -325,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     prefill, decode = ((2, 40), (3, 40)) if a.size == "tiny" else ((4, 4096), (64, 4096))
     shape = Shape(a.size, a.layers, a.prefill or prefill, a.decode or decode)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    command = " ".join(["python -m tools.whole_models", *(argv if argv is not None else sys.argv[1:])])
+    command = _command(p, a)
     facts = host_facts(command, a.commit) if device.type == "cuda" else {"device": "cpu", "torch": torch.__version__}
     facts["transformers"] = transformers.__version__
     whole = WholeModel(shape, device, dtype)
