@@ -113,6 +113,7 @@ def pretend_gpu(arch: str) -> Iterator[PretendedGpu]:
         stack.callback(pretend_parts.forget_device_answers)
         stack.enter_context(pretend_cuda_device())
         pretend_parts.settle_inductor(stack)
+        pretend_parts.keep_constants_on_the_cpu(stack)
         pretend_parts.let_modules_convert(stack)
         pretend_parts.replace_torch_queries(stack, gpu.facts)
         pretend_parts.replace_triton_driver(stack, gpu.facts)

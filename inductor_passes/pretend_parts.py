@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -230,6 +230,17 @@ def collect_generated_code(
 
     _replace(stack, AsyncCompile, triton=keep)
     _replace_static(stack, GraphLowering, save_output_code=on_wrapper)
+
+
+def keep_constants_on_the_cpu(stack: contextlib.ExitStack) -> None:
+    """Let `torch.tensor(..., device="cuda")` be traced, as models make the empty tensors of a cache that grows.
+
+    Fake modes and proxies otherwise copy small constants to the device, in case that somebody reads their values.
+    """
+    from torch.fx.experimental import proxy_tensor
+
+    _replace(stack, FakeTensorMode, avoid_device_init=property(lambda mode: True))
+    _replace(stack, proxy_tensor, CONSTANT_NUMEL_LIMIT=-1)
 
 
 def let_modules_convert(stack: contextlib.ExitStack) -> None:

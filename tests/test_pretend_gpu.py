@@ -189,6 +189,20 @@ def test_indexing_copies_and_constants_need_no_device() -> None:
     assert generate_here(odd, "sm_90", (64, 64), (64, 64)).kernels
 
 
+@pytest.mark.parametrize("values", [[], [1.0, 2.0]])
+def test_tensors_of_numbers_are_made_on_the_gpu(values: list[float]) -> None:
+    """As a cache that grows makes its first, empty, keys while the model runs."""
+
+    def append(x: Tensor) -> Tensor:
+        return torch.cat([torch.tensor(values, dtype=x.dtype, device=x.device), x.flatten()]) * 2
+
+    with pretend_gpu("sm_90") as gpu:
+        with gpu.fake_tensors():
+            x = torch.empty(4, 4, device="cuda")
+            assert torch.tensor(values, device="cuda").device.type == "cuda"
+        assert len(generate(append, x, backend="inductor").kernels) == 1
+
+
 def test_kernels_of_one_name_are_kept_apart() -> None:
     gpu = pretending.PretendedGpu(GPUS["sm_90"], kernels=[("a", "1"), ("b", "2"), ("a", "1"), ("a", "3"), ("a", "4")])
     assert gpu.collect_from(0, 0).kernels == {"a": "1", "b": "2", "a__2": "3", "a__3": "4"}
