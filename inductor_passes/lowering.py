@@ -5,6 +5,7 @@ A grouped Triton template on a GPU, torch's flash kernel on a CPU.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import sympy
@@ -102,7 +103,7 @@ def _lower_to_template(
     given = prologues.offer(query, head_dim, list(attention_template.QUERY_ORDERS))
     query = compat.unit_last_stride(given.box) if given.order is None else compat.realized(given.box)
     key, value = compat.unit_last_stride(key), compat.unit_last_stride(value)
-    operands = {name: compat.contiguous(t) for name, t in kernel_operands(slots).items() if t is not None}
+    operands = _operands_in_memory(slots)
     lse = compat.empty_strided(lse_size, torch.float32, device)
     writes_lse = output_is_read(compat.current_node(), 1)
     layout = compat.ir.FixedLayout(device, dtype, out_size)
@@ -155,6 +156,21 @@ def _lower_to_template(
         configs=[str(c) for c in configs], architecture=arch, writes_lse=writes_lse,
     )  # fmt: skip
     return compat.permute(out, (0, 2, 1, 3)), lse
+
+
+_operands: weakref.WeakKeyDictionary[Any, dict[torch.fx.Node, Any]] = weakref.WeakKeyDictionary()
+"""By graph, its contiguous operands by the nodes that made them: layers that share an operand share its memory."""
+
+
+def _operands_in_memory(slots: Slots) -> dict[str, Any]:
+    """The tensor operands by their names in kernels, contiguous; computed once, however many layers read them."""
+    made = _operands.setdefault(compat.current_graph(), {})
+    arguments: Any = compat.current_node().args
+    nodes = kernel_operands(Slots(*arguments[3:8], ()))
+    for name, box in kernel_operands(slots).items():
+        if box is not None and nodes[name] not in made:
+            made[nodes[name]] = compat.contiguous(box)
+    return {name: made[node] for name, node in nodes.items() if node is not None}
 
 
 def _sentence(configs: list[TileConfig]) -> str:

@@ -296,3 +296,23 @@ def test_the_command_names_the_choices(capsys: pytest.CaptureFixture[str]) -> No
         assert ("sm_100" if "sm_70" in arguments else "sliding_prefill") in message
     assert inspector.main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
+
+
+def test_layers_share_their_operands_memory() -> None:
+    """Padding and starts that the graph computes are computed once, not once more for every layer."""
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cached: Tensor) -> Tensor:
+        padding, start = ~mask.to(torch.bool), (cached + 1).to(torch.int32).expand(q.shape[0])
+        for _ in range(3):
+            q = OPS.full_self(q, k, v, padding, start)[0] + q
+        return q
+
+    with pretend_gpu("sm_90") as gpu, torch.no_grad():
+        with gpu.fake_tensors():
+            q, k, v = (torch.empty(2, heads, 256, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+            mask = torch.empty(2, 256, dtype=torch.int64, device="cuda")
+            cached = torch.empty(1, dtype=torch.int64, device="cuda")
+        made = generate(layers, q, k, v, mask, cached, backend=backend)
+    launches = re.findall(r"(\w+)\.run\(", made.wrapper.split("def call(", 1)[1])
+    attention = [name for name in launches if name.startswith("triton_tem")]
+    assert len(attention) == 3 and len(launches) - len(attention) <= 2, launches
