@@ -166,7 +166,7 @@ def _operands_in_memory(slots: Slots) -> dict[str, Any]:
     """The tensor operands by their names in kernels, contiguous; computed once, however many layers read them."""
     made = _operands.setdefault(compat.current_graph(), {})
     arguments: Any = compat.current_node().args
-    nodes = kernel_operands(Slots(*arguments[3:8], ()))
+    nodes = kernel_operands(Slots._make([*arguments[3:8], ()]))
     for name, box in kernel_operands(slots).items():
         if box is not None and nodes[name] not in made:
             made[nodes[name]] = compat.contiguous(box)
