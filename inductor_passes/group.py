@@ -13,6 +13,8 @@ TORCH_ATTENTION = ("scaled_dot_product", "flex_attention")
 """Attention ops of torch's own, which ``explain`` reports as left alone."""
 
 
+GROUPED = torch.ops.lowered_attn.grouped_attention.default
+"""What every form op becomes."""
 OURS = "lowered_attn"
 """Key in a node's meta: torch's attention op that a pass of ours chose for the form named there."""
 
@@ -81,7 +83,7 @@ def _group(node: torch.fx.Node, form: Form) -> None:
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = int(q_shape[3]) ** -0.5
-    node.target = torch.ops.lowered_attn.grouped_attention.default
+    node.target = GROUPED
     softcap = node.kwargs.get("softcap", 0.0)
     node.args = (query, key, value, *slots[:-1], form.name, list(slots.ints), scale, softcap)
     node.kwargs = {}

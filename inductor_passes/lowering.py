@@ -24,7 +24,7 @@ from custom_ops.kernels.tile_config import (
 )
 from custom_ops.masks import Mask
 from inductor_passes import compat, decisions, fusions, prologues
-from inductor_passes.group import output_is_read
+from inductor_passes.group import GROUPED, output_is_read
 from inductor_passes.templates import attention_template
 
 CANDIDATES = tuple(
@@ -35,10 +35,8 @@ CANDIDATES = tuple(
 )
 """Tilings that ``max_autotune`` times beside the shipped one; those that do not fit a GPU drop out by themselves."""
 
-OP = torch.ops.lowered_attn.grouped_attention.default
 
-
-@compat.register_lowering(OP, type_promotion_kind=None)
+@compat.register_lowering(GROUPED, type_promotion_kind=None)
 def lower_grouped_attention(
     query: Any, key: Any, value: Any,
     key_padding: Any, q_start: Any, query_value: Any, key_value: Any, request_value: Any,
@@ -79,7 +77,7 @@ def _lower_on_cpu(
     if softcap:
         how = "explicit scores, capped"
     _record(form_name, f"{how}, in chunks of queries cut to the keys they see", kernel="cpu_chunks")
-    out, lse = compat.fallback(OP)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale, softcap)
+    out, lse = compat.fallback(GROUPED)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale, softcap)
     return out, lse
 
 

@@ -14,8 +14,8 @@ from torch.fx.node import Node
 
 from inductor_passes import compat
 from inductor_passes.graph_pass import GraphPass
+from inductor_passes.group import GROUPED
 
-GROUPED = torch.ops.lowered_attn.grouped_attention.default
 SWAPS = {
     torch.ops.aten.permute.default: lambda node: list(node.args[1]) == [0, 2, 1, 3],
     torch.ops.aten.transpose.int: lambda node: {d % 4 for d in node.args[1:3]} == {1, 2},

@@ -14,6 +14,7 @@ import torch
 from custom_ops.kernels.specialise import loads_in_parts, padded_dim
 from inductor_passes import QUERIES_OPTION, compat
 from inductor_passes.graph_pass import GraphPass, describe
+from inductor_passes.group import GROUPED
 
 SLOW = frozenset({"cos", "sin", "tan", "rand", "randn", "randint64"})
 """Operations with long code, which takes the registers that the kernel has left or more."""
@@ -38,7 +39,7 @@ class ComputeQueries(GraphPass):
     """Mark grouped calls as those whose kernel may compute the queries."""
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
-        calls = graph.find_nodes(op="call_function", target=torch.ops.lowered_attn.grouped_attention.default)
+        calls = graph.find_nodes(op="call_function", target=GROUPED)
         for node in calls:
             node.meta[WANTED] = True
         return len(calls)

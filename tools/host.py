@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import platform
 import statistics
@@ -40,6 +41,16 @@ def host_facts(command: str, commit: str | None = None) -> dict[str, object]:
         "copy_tb_per_s": round(_copy_rate(), 3),
         "matmul_bf16_tflop_per_s": round(_matmul_rate(), 1),
     }
+
+
+def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command to repeat: the parser's `prog` and what differs from the defaults, without where it writes."""
+    words = []
+    for name, value in vars(options).items():
+        if name not in ("output", "commit") and value != parser.get_default(name):
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"--{name.replace('_', '-')} {text}")
+    return " ".join([parser.prog, *words])
 
 
 def git_commit(root: Path = ROOT) -> str | None:

@@ -41,7 +41,8 @@ from transformers.masking_utils import create_causal_mask
 import lowered_attn.integrations.transformers  # noqa: F401  (registers "lowered_attn")
 from inductor_passes import decisions
 from lowered_attn.compile import backend as OURS
-from tools.host import host_facts
+from tools.host import command_of, host_facts
+from tools.serve.loop import synchronise
 
 SCHEMA = 1
 """Of the JSON that is written; tools.report reads it."""
@@ -210,13 +211,11 @@ class Run:
         self.rewind()
         self.call()
         self.rewind()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         start = time.perf_counter()
         for _ in range(repeats):
             self.call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         self.rounds_ms.append(1e3 * (time.perf_counter() - start) / repeats)
 
 
@@ -295,16 +294,6 @@ def _pair(text: str) -> tuple[int, int]:
     return int(requests), int(tokens)
 
 
-def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The command to repeat: what differs from the defaults, without where it writes."""
-    words = []
-    for name, value in vars(options).items():
-        if name not in ("output", "commit") and value != parser.get_default(name):
-            text = "x".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{name.replace('_', '-')} {text}")
-    return " ".join(["python -m tools.whole_models", *words])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON, and return 1 where a variant was wrong or failed."""
     p = argparse.ArgumentParser(
@@ -335,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     prefill, decode = ((2, 40), (3, 40)) if a.size == "tiny" else ((4, 4096), (64, 4096))
     shape = Shape(a.size, a.layers, a.prefill or prefill, a.decode or decode)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    command = _command(p, a)
+    command = command_of(p, a)
     facts = host_facts(command, a.commit) if device.type == "cuda" else {"device": "cpu", "torch": torch.__version__}
     facts["transformers"] = transformers.__version__
     whole = WholeModel(shape, device, dtype)

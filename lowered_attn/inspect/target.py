@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 EXAMPLES = "example_inputs"
@@ -38,19 +37,6 @@ class Target(NamedTuple):
     """Keyword arguments."""
 
 
-class _MadeOnTheGpu(TorchFunctionMode):
-    """Tensors that are made from Python values go through the CPU: a pretended GPU has no memory to copy them to."""
-
-    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func not in self.MAKERS or torch.device(kwargs.get("device") or "cuda").type != "cuda":
-            return func(*args, **kwargs)
-        kwargs["device"] = "cpu"
-        return _on_gpu(func(*args, **kwargs))
-
-
 def _on_gpu(value: Any) -> Any:
     """The value with tensors of its shapes, strides and dtypes on device "cuda"; no data moves."""
     if not isinstance(value, Tensor) or value.device.type == "cuda":
@@ -62,7 +48,7 @@ def _on_gpu(value: Any) -> Any:
 @contextlib.contextmanager
 def on_pretended_gpu(fake_tensors: Any) -> Iterator[None]:
     """Make tensors without data, on device "cuda" unless another is named; `fake_tensors` is pretend_gpu's mode."""
-    with fake_tensors, torch.device("cuda"), _MadeOnTheGpu():
+    with fake_tensors, torch.device("cuda"):
         yield
 
 

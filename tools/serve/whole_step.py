@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lowered_attn
-from tools.host import host_facts
+from tools.host import command_of, host_facts
 from tools.serve.autoregressive import Autoregressive
 from tools.serve.health import Watch
 from tools.serve.loop import CURRENT, WARM_UP_CALLS, fetch, synchronise
@@ -193,16 +193,6 @@ def show(figures: Figures, shares: Shares) -> None:
         print(f"  WRONG: {line}")
 
 
-def _command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The command to repeat: what differs from the defaults, without where it writes."""
-    words = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in vars(options).items()
-        if name not in ("output", "commit") and value != parser.get_default(name)
-    ]
-    return " ".join(["python -m tools.serve.whole_step", *words])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write JSON, and return 1 where something was wrong."""
     p = argparse.ArgumentParser(
@@ -236,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     config = scaled(SIZES[a.size], a.layers)
     max_pages = pages_for(a.context + 2 * a.page_size, a.page_size)
     cache = CacheConfig(a.batch * max_pages, a.page_size, max_pages)
-    command = _command(p, a)
+    command = command_of(p, a)
     facts = host_facts(command, a.commit) if device.type == "cuda" else {"device": "cpu", "torch": torch.__version__}
     start = time.perf_counter()
     whole = WholeStep(config, cache, device, dtype, a.new_keys == "cache", a.attn_impl, a.seed)
