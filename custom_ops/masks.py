@@ -45,6 +45,7 @@ import torch
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from custom_ops.mask_bounds import (
     CONSERVATIVE,
@@ -368,13 +369,15 @@ class Mask:
         if (lower.free_symbols | upper.free_symbols) & {o.symbol for o in self.operands if o.kind != "int"}:
             per_query = self.width_for(numbers)
             return query_len * min(key_len if per_query is None else per_query, key_len)
-        position = torch.arange(query_len) + max(key_len - query_len, 0)
 
         def clipped(e: sympy.Expr) -> Tensor:
             value = key_len if e == sympy.oo else python_function(e, ("q", *names))(position, *numbers)
             return torch.as_tensor(value).clamp(0, key_len)
 
-        return int((clipped(upper) - clipped(lower)).clamp(min=0).expand(query_len).sum())
+        # Inductor counts under fake tensors, which have no values.
+        with _disable_current_modes():
+            position = torch.arange(query_len) + max(key_len - query_len, 0)
+            return int((clipped(upper) - clipped(lower)).clamp(min=0).expand(query_len).sum())
 
     # ------------------------------------------------------------------ drawing
 

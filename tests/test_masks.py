@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from sympy import Eq, Max, Mod, floor
 from torch.nn.attention.flex_attention import create_mask
 
@@ -177,6 +178,12 @@ def test_visible_pairs(case: Case) -> None:
         pairs = case.mask.visible_pairs(call.query_len, call.key_len, call.ints)
         seen = int(call.brute_force(case.seen).sum())
         assert pairs == seen if exact else seen <= pairs <= call.query_len * call.key_len
+
+
+def test_pairs_are_counted_under_fake_tensors_too() -> None:
+    """Inductor counts FLOPs there when it times choices."""
+    with FakeTensorMode():
+        assert FORMS["sliding_self"].mask.visible_pairs(4, 9, {"window": 2}) == 8
 
 
 def test_visible_pairs_of_long_sequences() -> None:
