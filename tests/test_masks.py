@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from sympy import Eq, Max, Mod, floor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 import custom_ops.masks
