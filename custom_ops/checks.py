@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -36,12 +35,11 @@ def check_call(
 ) -> None:
     """Raise ValueError where a call of ``form`` is not one that every backend could compute."""
     op = form.name
-    named = (("q", query), ("k", key), ("v", value))
-    for name, t in named:
+    for name, t in (("q", query), ("k", key), ("v", value)):
         if t.dim() != 4:
             fail(op, name, "4 dimensions [B, H, S, D]", f"shape {_shape(t)}", "add or fold dimensions")
-    _same(op, "device", ((name, t.device) for name, t in named), "move q, k and v to one device")
-    _same(op, "dtype", ((name, t.dtype) for name, t in named), "cast q, k and v to one dtype, or use autocast")
+    _same(op, "device", query.device, key.device, value.device, "move q, k and v to one device")
+    _same(op, "dtype", query.dtype, key.dtype, value.dtype, "cast q, k and v to one dtype, or use autocast")
     if query.dtype not in FLOAT_DTYPES:
         fail(op, "q, k, v", "float16, bfloat16, float32 (or float64 on a CPU)", str(query.dtype), "cast them")
     batch, query_heads, query_len, head_dim = query.shape
@@ -132,10 +130,9 @@ def _check_operand(
         fail(op, name, f"device {query.device}", f"{value.device}", f"move it with .to({str(query.device)!r})")
 
 
-def _same(op: str, what: str, values: Iterable[tuple[str, object]], remedy: str) -> None:
-    pairs = list(values)
-    if len({v for _, v in pairs}) > 1:
-        fail(op, what, "the same for q, k and v", ", ".join(f"{n} {v}" for n, v in pairs), remedy)
+def _same(op: str, what: str, query: object, key: object, value: object, remedy: str) -> None:
+    if not query == key == value:
+        fail(op, what, "the same for q, k and v", f"q {query}, k {key}, v {value}", remedy)
 
 
 def _shape(t: Tensor) -> list:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,22 @@ class Form:
 
     mask: Mask
     self_attention: bool
+
+    # Set once per form, and no part of its identity: an eager call does not look its operands up again.
+    _slot_names: ClassVar[Any]
+    _int_names: ClassVar[Any]
+
+    def __post_init__(self) -> None:
+        mask = self.mask
+        operands = (
+            mask.operand("key", boolean=True),
+            Q_START,
+            mask.operand("query"),
+            mask.operand("key"),
+            mask.operand("request"),
+        )
+        object.__setattr__(self, "_slot_names", tuple(None if o is None else o.name for o in operands))
+        object.__setattr__(self, "_int_names", tuple(o.name for o in mask.int_operands))
 
     @property
     def name(self) -> str:
@@ -89,25 +105,16 @@ class Form:
 
     def slots(self, operands: Mapping[str, OperandValue]) -> Slots:
         """The operands by slot."""
-
-        def tensor(operand: Operand | None) -> Any:
-            return None if operand is None else operands.get(operand.name)
-
-        return Slots(
-            key_padding=tensor(self.mask.operand("key", boolean=True)),
-            q_start=operands.get("q_start"),  # type: ignore[arg-type]
-            query_value=tensor(self.mask.operand("query")),
-            key_value=tensor(self.mask.operand("key")),
-            request_value=tensor(self.mask.operand("request")),
-            ints=tuple(operands[o.name] for o in self.mask.int_operands),  # type: ignore[misc]
-        )
+        values: Any = [None if name is None else operands.get(name) for name in self._slot_names]
+        return Slots(*values, ints=tuple([operands[name] for name in self._int_names]))  # type: ignore[misc]
 
     def mask_of(self, slots: Slots) -> Mask:
         """The mask without the conjuncts of operands that this call does not have.
 
         ``slots`` may hold anything that is not None where an operand is present: tensors, or a compiler's stand-ins.
         """
-        return self.mask.specialise([name for name, value in self.operands_of(slots).items() if value is not None])
+        present = [name for name, value in zip(self._slot_names, slots[:-1], strict=True) if value is not None]
+        return self.mask.specialise(present)
 
     def operands_of(self, slots: Slots) -> dict[str, OperandValue]:
         """The inverse of ``slots``: operands by name."""
@@ -134,9 +141,11 @@ def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     ``out`` is token-major in memory, so that merging heads is a view.
     """
     batch, heads, query_len, _ = query.shape
-    out = query.new_empty(batch, query_len, heads, value.shape[-1]).transpose(1, 2)
+    value_dim = value.shape[-1]
+    row = heads * value_dim
+    out = query.new_empty_strided((batch, heads, query_len, value_dim), (query_len * row, value_dim, row, 1))
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(batch, heads, query_len, dtype=lse_dtype)
+    return out, query.new_empty((batch, heads, query_len), dtype=lse_dtype)
 
 
 def unseeing_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,37 +117,72 @@ def python_function(expression: sympy.Basic, arguments: tuple[str, ...]) -> Call
     return eval(f"lambda {', '.join(arguments)}: {python_text(expression)}", scope)
 
 
-def triton_source(mask: Mask) -> str:
+def triton_source(mask: Mask, namespace: str = "tl") -> str:
     """Three Triton device functions as undecorated source, one after the other:
 
     ``<name>_visible`` the banded predicate, applied to partial tiles; ``<name>_key_visible`` the per-key predicate,
     applied to every tile; ``<name>_bounds`` the tile bounds clipped to ``0 <= k <= key_len``. Operands arrive by slot:
     ``ints`` is a tuple in the order of the mask's int operands; a kind's value is broadcast already, and anything where
-    the mask has no such operand. Raises ValueError for several per-request operands: there is one slot.
+    the mask has no such operand. ``namespace`` is ``"tl"`` or, for Gluon, ``"gl"``. Raises ValueError for several
+    per-request operands: there is one slot.
     """
     if len(mask.request_operands) > 1:
         names = [o.name for o in mask.request_operands]
         raise ValueError(f"mask {mask.name!r}: expected one per-request operand, got {names}; print it by range_source")
-    reads = {o.name: f"ints[{i}]" for i, o in enumerate(mask.int_operands)}
-    reads.update({o.name: "key_padding" if o.boolean else f"{o.kind}_value" for o in mask.operands if o.kind != "int"})
+    reads = _reads(mask)
     per_query = mask.operand("query")
     if per_query is not None:
         # In 64 bits: "no segment" may be the greatest int32, and a bound is one more.
-        reads[per_query.lowest.name] = "tl.cast(query_min, tl.int64)"
-        reads[per_query.highest.name] = "tl.cast(query_max, tl.int64)"
+        reads[per_query.lowest.name] = f"{namespace}.cast(query_min, {namespace}.int64)"
+        reads[per_query.highest.name] = f"{namespace}.cast(query_max, {namespace}.int64)"
 
     def predicate(suffix: str, condition: sympy.Basic) -> str:
-        return f"def {mask.name}_{suffix}({PREDICATE_ARGUMENTS}):\n    return {triton_text(condition, reads)}\n"
+        text = triton_text(condition, reads, namespace)
+        return f"def {mask.name}_{suffix}({PREDICATE_ARGUMENTS}):\n    return {text}\n"
 
     bounds = mask.tile_bounds()
     lines = [f"def {mask.name}_bounds({BOUNDS_ARGUMENTS}):"]
     for end in ("lo_any", "lo_all", "hi_all", "hi_any"):
         e = getattr(bounds, end)
-        text = "key_len" if e == sympy.oo else triton_text(e, reads)
-        clipped = f"tl.minimum(tl.maximum({text}, 0), key_len)"
-        lines.append(f"    {end} = {f'tl.cast({clipped}, tl.int32)' if 'tl.int64' in text else clipped}")
+        text = "key_len" if e == sympy.oo else triton_text(e, reads, namespace)
+        clipped = f"{namespace}.minimum({namespace}.maximum({text}, 0), key_len)"
+        if f"{namespace}.int64" in text:
+            clipped = f"{namespace}.cast({clipped}, {namespace}.int32)"
+        lines.append(f"    {end} = {clipped}")
     lines.append("    return lo_any, lo_all, hi_all, hi_any\n")
     return "\n\n".join([predicate("visible", mask.banded), predicate("key_visible", mask.per_key), "\n".join(lines)])
+
+
+def _reads(mask: Mask) -> dict[str, str]:
+    """What device functions call the operands, by name."""
+    reads = {o.name: f"ints[{i}]" for i, o in enumerate(mask.int_operands)}
+    reads.update({o.name: "key_padding" if o.boolean else f"{o.kind}_value" for o in mask.operands if o.kind != "int"})
+    return reads
+
+
+def interval_source(mask: Mask, namespace: str = "tl") -> str:
+    """A device function of a mask whose ``interval()`` is not None, undecorated:
+
+    ``<name>_interval(q, key_len, ints, request_value, query_value)`` returns ``(lower, upper)``, int32 of ``q``'s
+    shape: query ``q`` sees the keys ``lower <= k < upper``, as far as the banded part goes. Operands arrive as for
+    ``triton_source``. Raises ValueError for another mask.
+    """
+    ends = mask.interval()
+    if ends is None:
+        raise ValueError(f"mask {mask.name!r}: expected one interval of keys a query, got several; use its predicate")
+    reads = _reads(mask)
+    per_query = mask.operand("query")
+    if per_query is not None:
+        # In 64 bits: "no segment" may be the greatest int32, and an end is one more.
+        reads[per_query.name] = f"{namespace}.cast(query_value, {namespace}.int64)"
+    lines = [f"def {mask.name}_interval(q, key_len, ints, request_value, query_value):"]
+    for end, e in zip(("lower", "upper"), ends, strict=True):
+        text = "key_len" if e == sympy.oo else triton_text(e, reads, namespace)
+        clipped = f"{namespace}.minimum({namespace}.maximum({text}, 0), key_len)"
+        # Of q's shape even where it is one number.
+        lines.append(f"    {end} = {namespace}.cast(q * 0 + {clipped}, {namespace}.int32)")
+    lines.append("    return lower, upper\n")
+    return "\n".join(lines)
 
 
 def range_source(mask: Mask, namespace: str = "tl") -> str:

@@ -209,7 +209,7 @@ class Mask:
 
     def specialise(self, present: Collection[str]) -> Mask:
         """The mask with the conjuncts of optional operands that are not in ``present`` dropped."""
-        return self._specialised[tuple(o.name for o in self.operands if o.optional and o.name not in present)]
+        return self._specialised[tuple([o.name for o in self.operands if o.optional and o.name not in present])]
 
     def _conjuncts(self, per_key: bool) -> sympy.Basic:
         key_symbols = {o.symbol for o in self.operands if o.kind == "key"}

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from custom_ops import flops
+from custom_ops import cpu, flops
 from custom_ops.checks import check_kernels
 from custom_ops.form import NAMESPACE, Form, default_scale, empty_outputs
 from custom_ops.masks import OperandValue
@@ -31,9 +31,11 @@ def register(form: Form) -> Form:
     qualified = f"{NAMESPACE}::{form.name}"
     library.define(f"{form.name}{form.schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
+    names = form.operand_names
+
     def bind(arguments: tuple[OperandValue, ...]) -> dict[str, OperandValue]:
-        missing = (None,) * (len(form.operands) - len(arguments))  # the dispatcher drops trailing defaults
-        return dict(zip(form.operand_names, arguments + missing, strict=True))
+        missing = (None,) * (len(names) - len(arguments))  # the dispatcher drops trailing defaults
+        return dict(zip(names, arguments + missing, strict=True))
 
     def run(
         query: Tensor,
@@ -116,13 +118,14 @@ def kernels_for(device: torch.device) -> Any:
 
     CUDA's is imported at its first call, with triton.
     """
-    if device.type == "cuda":
-        from custom_ops.kernels import launch
+    return _cuda_kernels() if device.type == "cuda" else cpu
 
-        return launch
-    from custom_ops import cpu
 
-    return cpu
+@functools.cache
+def _cuda_kernels() -> Any:
+    from custom_ops.kernels import launch
+
+    return launch
 
 
 @functools.cache

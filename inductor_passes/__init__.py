@@ -35,13 +35,14 @@ CHOSEN = "lowered_attn.backend"
 LIBRARY_OPTION = "library_kernels"
 """An option of our own in ``torch.compile(..., options=)``, True by default.
 
-False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper one of paged attention.
+False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper ones of forms and paged attention.
 """
 QUERIES_OPTION = "compute_queries"
 """An option of our own in ``torch.compile(..., options=)``, False by default.
 
-True computes in the attention kernel what makes its queries, elementwise, where registers allow. Off until it is
-measured: a query that was computed lies in registers, where Hopper's matrix instructions read shared memory otherwise.
+True computes in the attention kernel what makes its queries, elementwise, where registers allow. Off: a whole
+decoding step on an H200 took 3.496 ms with it and 3.498 without. A query that was computed lies in registers, where
+Hopper's matrix instructions read shared memory otherwise.
 """
 RECOGNISE_OPTION = "recognise"
 """An option of our own, True by default.

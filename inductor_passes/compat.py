@@ -22,15 +22,23 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.ops_handler import OpsHandler
 from torch._inductor.scheduler import SchedulerNode
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+from torch._inductor.select_algorithm import (
+    ExternKernelCaller,
+    ExternKernelChoice,
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+)
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max, Min, ModularIndexing
 
 __all__ = [
+    "KEEPS_STRIDES",
     "MOVES",
     "VIEWS",
     "CustomGraphPass",
+    "ExternKernelChoice",
     "FloorDiv",
     "MaskedStore",
     "ModularIndexing",
@@ -54,6 +62,7 @@ __all__ = [
     "fallback",
     "graph_breaks",
     "ir",
+    "is_extern",
     "is_generated",
     "keep_stride_order",
     "known_true",
@@ -90,6 +99,8 @@ MOVES = (
     torch.ops.aten.select.int, torch.ops.aten.expand.default,
 )  # fmt: skip
 """Views that do not."""
+KEEPS_STRIDES = inductor_prims.force_stride_order
+"""What ``keep_stride_order`` calls: its value itself, in an order of strides."""
 
 
 def surely(condition: bool | torch.SymBool) -> bool:
@@ -199,7 +210,7 @@ def contiguous(box: Any) -> Any:
 
 def keep_stride_order(graph: torch.fx.Graph, value: torch.fx.Node, strides: Sequence[int]) -> torch.fx.Node:
     """The value of a node, laid out with strides that have the order of ``strides``."""
-    node = graph.call_function(inductor_prims.force_stride_order, (value, list(strides)))
+    node = graph.call_function(KEEPS_STRIDES, (value, list(strides)))
     node.meta["val"] = value.meta["val"]
     return node
 
@@ -410,6 +421,14 @@ def prologues_first() -> Iterator[None]:
 def is_generated(kernel: Any) -> bool:
     """Whether Inductor generates all of a kernel in its schedule: it is no template and calls nothing else."""
     return all(isinstance(part, SchedulerNode) and not part.is_template() for part in kernel.get_nodes())
+
+
+def is_extern(kernel: Any, part: Any) -> bool:
+    """Whether ``part`` of a kernel in the schedule, an output of ``select``, calls what Inductor did not generate."""
+    node = part.node
+    if isinstance(node, ir.MultiTemplateBuffer):  # decided after fusion: a template where something was fused into it
+        return len(kernel.get_nodes()) == 1 and isinstance(node.get_min_choice()[0], ExternKernelCaller)
+    return isinstance(node, ir.ExternKernelOut)
 
 
 def why_apart(first: Any, second: Any) -> str:

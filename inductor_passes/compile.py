@@ -21,6 +21,7 @@ from inductor_passes import lowering as _lowering  # noqa: F401  (registers the 
 from inductor_passes.fusions import ReportFusions
 from inductor_passes.graph_pass import Chain, GraphPass
 from inductor_passes.group import GroupForms
+from inductor_passes.hopper import KeepTemplate
 from inductor_passes.library import PreferLibrary
 from inductor_passes.merge_heads import MergeHeads
 from inductor_passes.paged_lowering import PreferPortable
@@ -84,9 +85,11 @@ def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequ
     if serving:
         store.check_caches(gm)
         patches = {**compat.serving_options(), **patches}
-    prefer = PreferLibrary() if patches.pop(LIBRARY_OPTION, True) else PreferPortable()
+    prefer: list[GraphPass] = [PreferLibrary()]
+    if not patches.pop(LIBRARY_OPTION, True):
+        prefer = [KeepTemplate(), PreferPortable()]
     group = GroupForms(reports=not recognise)
-    ours: list[GraphPass] = [prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group, MergeHeads()]
+    ours: list[GraphPass] = [*prefer, SeparateCaches(), StorePieces(), ShareSchedule(), group, MergeHeads()]
     if patches.pop(QUERIES_OPTION, False):
         ours.append(ComputeQueries())
     if serving or (attending and not torch.is_grad_enabled()):

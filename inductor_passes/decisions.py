@@ -33,7 +33,7 @@ class Decision:
     detail: str
     """One sentence for people: what it became, or why it was refused."""
     facts: dict[str, object] = dataclasses.field(default_factory=dict)
-    """The same for programs: kernel, config, shapes, dtype."""
+    """The same for programs: kernel, config, shapes, dtype, predicted times."""
 
 
 @dataclasses.dataclass

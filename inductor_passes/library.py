@@ -1,9 +1,10 @@
-"""Library kernels where they are faster: cuDNN's fused attention behind the same form op.
+"""cuDNN's fused attention behind the same form op, where it is faster than ours.
 
 On H200s (torch 2.11, cuDNN 9.19) plain causal attention in 16 bits ran 1.01 to 1.6 times faster through cuDNN than
 through the grouped Triton template: most at length 512, 1.15 to 1.3 times at 4,096 to 16,384 with head dim 128, least
 at head dim 64; 1.09 times at 8,192 with 192 for q and k and 128 for v, the prefill of DeepSeek's latent attention.
-Nothing fuses into a library kernel, and a new shape costs it a new plan, so only static shapes take it.
+Of calls that the Hopper kernel can take, cuDNN takes those that ``dense_choice`` predicts it to be faster for. Nothing
+fuses into a library kernel, and a new shape costs it a new plan, so only static shapes take it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import operator
 
 import torch
 
-from custom_ops.cpu import is_plain_causal
+from custom_ops.cpu import is_plain_causal, sees_everything
 from custom_ops.form import Form
-from inductor_passes import decisions
+from custom_ops.kernels.gluon.dense_cost import Sizes
+from inductor_passes import decisions, hopper
 from inductor_passes.graph_pass import GraphPass
 from inductor_passes.group import OURS, form_of, module_of, output_is_read, slots_of
 
@@ -27,21 +29,26 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 class PreferLibrary(GraphPass):
-    """Rewrite form ops to cuDNN's op where ``refusals`` finds nothing against it."""
+    """Rewrite form ops to cuDNN's op where ``refusals`` finds nothing against it and no kernel of ours is faster."""
 
     def rewrite(self, graph: torch.fx.Graph) -> int:
         count = 0
         for node in [n for n in graph.nodes if n.op == "call_function"]:
             form = form_of(node)
-            if form is not None and not refusals(node, form):
-                _call_cudnn(node, form)
-                count += 1
+            if form is None or refusals(node, form):
+                continue
+            verdict = _beside_hopper(node, form)
+            if verdict.choice is not None and verdict.choice.kernel != "cudnn":
+                hopper.remember(node, verdict.choice)
+                continue
+            _call_cudnn(node, form, verdict)
+            count += 1
         graph.eliminate_dead_code()
         return count
 
 
 def refusals(node: torch.fx.Node, form: Form) -> list[str]:
-    """Every reason why this call of ``form`` keeps our kernel; an empty list where cuDNN is as right and faster."""
+    """Every reason why cuDNN cannot take this call of ``form``, or was not measured there; empty where it may."""
     query, key, value = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
     slots = slots_of(node, form)
     reasons = []
@@ -49,8 +56,8 @@ def refusals(node: torch.fx.Node, form: Form) -> list[str]:
         reasons.append("measured on compute capability 9.x only")
     elif not torch.backends.cudnn.is_available():
         reasons.append("cuDNN is not available")
-    if not is_plain_causal(form.mask_of(slots), slots):
-        reasons.append("only plain causal attention")
+    if not (_is_causal(node, form) or sees_everything(form.mask_of(slots), slots)):
+        reasons.append("only plain causal or unmasked attention")
     if node.kwargs.get("softcap"):
         reasons.append("cuDNN's op has no soft-cap")
     if query.dtype not in DTYPES:
@@ -69,18 +76,34 @@ def refusals(node: torch.fx.Node, form: Form) -> list[str]:
     return reasons
 
 
+def _beside_hopper(node: torch.fx.Node, form: Form) -> hopper.Verdict:
+    """Whether the Hopper kernel takes a call that cuDNN may take, and if it can, which of ours and cuDNN was chosen."""
+    query, key, value = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+    slots = slots_of(node, form)
+    return hopper.judge(
+        node, form.mask_of(slots), slots, Sizes.of(query.shape, key.shape, value.shape), device=query.device,
+        dtype=query.dtype, softcap=float(node.kwargs.get("softcap", 0.0)), cudnn=True,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _is_causal(node: torch.fx.Node, form: Form) -> bool:
+    """Whether the mask is torch's ``is_causal``."""
+    slots = slots_of(node, form)
+    return is_plain_causal(form.mask_of(slots), slots)
+
+
 def _is_dense(t: torch.Tensor) -> bool:
     return t.is_contiguous() or t.transpose(1, 2).is_contiguous()
 
 
-def _call_cudnn(node: torch.fx.Node, form: Form) -> None:
+def _call_cudnn(node: torch.fx.Node, form: Form, verdict: hopper.Verdict) -> None:
     """Replace the node by cuDNN's, whose lse is the same natural logarithm, as ``[B, H, S, 1]``."""
     graph = node.graph
     query, key, value = node.args[:3]
-    needs_lse = output_is_read(node, 1)
+    needs_lse, is_causal = output_is_read(node, 1), _is_causal(node, form)
     with graph.inserting_before(node):
         call = graph.call_function(
-            CUDNN, (query, key, value, None, needs_lse, 0.0, True, False), {"scale": node.kwargs.get("scale")}
+            CUDNN, (query, key, value, None, needs_lse, 0.0, is_causal, False), {"scale": node.kwargs.get("scale")}
         )
         out = graph.call_function(operator.getitem, (call, 0))
         outputs = [out]
@@ -99,8 +122,9 @@ def _call_cudnn(node: torch.fx.Node, form: Form) -> None:
     decisions.record(
         decisions.Decision(
             "lowered", form.name, node.name,
-            "cuDNN's fused attention, measured faster than the template here; nothing fuses into it",
-            {"module": module_of(node), "kernel": "cudnn"},
+            "cuDNN's fused attention, measured faster than the template here; nothing fuses into it; not the Hopper "
+            f"kernel: {'; '.join(verdict.against)}",
+            {"module": module_of(node), "kernel": "cudnn", **verdict.facts},
         )
     )  # fmt: skip
     graph.erase_node(node)

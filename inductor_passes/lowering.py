@@ -1,10 +1,11 @@
 """The lowering of ``lowered_attn::grouped_attention``.
 
-A grouped Triton template on a GPU, torch's flash kernel on a CPU.
+On a GPU the op itself where the Hopper kernel takes it, else a grouped Triton template; torch's flash kernel on a CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from custom_ops.cpu import is_plain_causal, sees_everything
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
+from custom_ops.kernels.gluon.dense_choice import HOPPER
+from custom_ops.kernels.gluon.dense_cost import Sizes
 from custom_ops.kernels.specialise import architecture, constants, kernel_operands, may_be_full
 from custom_ops.kernels.tile_config import (
     DESCRIPTOR_ALIGNMENT,
@@ -23,7 +26,7 @@ from custom_ops.kernels.tile_config import (
     heads_together,
 )
 from custom_ops.masks import Mask
-from inductor_passes import compat, decisions, fusions, prologues
+from inductor_passes import compat, decisions, fusions, hopper, prologues
 from inductor_passes.group import GROUPED, output_is_read
 from inductor_passes.templates import attention_template
 
@@ -51,7 +54,7 @@ def lower_grouped_attention(
     device = query.get_device()
     if device.type != "cuda":
         return _lower_on_cpu(mask, query, key, value, slots, form_name, scale, softcap)
-    return _lower_to_template(mask, query, key, value, slots, form_name, scale, softcap)
+    return _lower_on_cuda(mask, query, key, value, slots, form_name, scale, softcap)
 
 
 def _record(form_name: str, detail: str, **facts: object) -> None:
@@ -77,14 +80,75 @@ def _lower_on_cpu(
     if softcap:
         how = "explicit scores, capped"
     _record(form_name, f"{how}, in chunks of queries cut to the keys they see", kernel="cpu_chunks")
+    return _call_op(query, key, value, slots, form_name, scale, softcap)
+
+
+def _lower_on_cuda(
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float
+) -> tuple[Any, Any]:
+    """The op itself where the Hopper kernel takes the call, else a template; nothing where there are no queries."""
+    batch, heads, query_len, _ = query.get_size()
+    if any(compat.known_true(sympy.Eq(size, 0)) for size in (batch, query_len)):
+        _record(form_name, "nothing to compute: no queries", kernel="none")
+        device, value_dim = query.get_device(), value.get_size()[3]
+        out = compat.empty_strided([batch, query_len, heads, value_dim], query.get_dtype(), device)
+        lse = compat.empty_strided([batch, heads, query_len], torch.float32, device)
+        return compat.permute(out, (0, 2, 1, 3)), lse
+    sizes = Sizes.of(*(_sizes(t) for t in (query, key, value)))
+    judge = functools.partial(
+        hopper.judge, compat.current_node(), mask, slots, sizes, device=query.get_device(),
+        dtype=query.get_dtype(), softcap=softcap,
+    )  # fmt: skip
+    verdict = judge()
+    if not verdict.against:
+        query, key, value = (compat.unit_last_stride(t) for t in (query, key, value))
+        verdict = judge(aligned=all(hopper.can_copy(t) for t in (query, key, value)))
+    timed = compat.config.max_autotune and not output_is_read(compat.current_node(), 1)
+    if not verdict.against and not timed:
+        return _lower_to_hopper(query, key, value, slots, form_name, scale, softcap, verdict)
+    return _lower_to_template(mask, query, key, value, slots, form_name, scale, softcap, verdict)
+
+
+def _sizes(box: Any) -> list[int]:
+    """Of ``[B, H, L, D]``: heads and head dim, which every kernel is compiled for, and hints of the others."""
+    batch, heads, length, dim = box.get_size()
+    return [compat.size_hint(batch), compat.static_int(heads), compat.size_hint(length), compat.static_int(dim)]
+
+
+def _lower_to_hopper(
+    query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float,
+    verdict: hopper.Verdict,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The op itself, which takes the Hopper kernel."""
+    slots = hopper.slots_with(slots, operands_in_memory(slots))
+    out, lse = _call_op(query, key, value, slots, form_name, scale, softcap)
+    again = dict.fromkeys(("k", "v"), fusions.AGAIN)
+    fusions.watch(out, form_name, {"q": query, "k": key, "v": value}, again, hopper.OPAQUE)
+    assert verdict.choice is not None  # it is there whenever nothing is against the kernel
+    _record(
+        form_name, f"the Hopper kernel, called as an op, into which Inductor fuses nothing; {verdict.choice.reason}",
+        kernel=HOPPER, architecture=hopper.ARCHITECTURE,
+        writes_lse=output_is_read(compat.current_node(), 1), **verdict.facts,
+    )  # fmt: skip
+    return out, lse
+
+
+def _call_op(
+    query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float
+) -> tuple[Any, Any]:
     out, lse = compat.fallback(GROUPED)(query, key, value, *slots[:-1], form_name, list(slots.ints), scale, softcap)
     return out, lse
 
 
 def _lower_to_template(
-    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float
-) -> tuple[Any, Any]:
-    """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates."""
+    mask: Mask, query: Any, key: Any, value: Any, slots: Slots, form_name: str, scale: float, softcap: float,
+    verdict: hopper.Verdict,
+) -> tuple[Any, Any]:  # fmt: skip
+    """One grouped Triton kernel, with the shipped tiling; with ``max_autotune``, the best of the candidates.
+
+    Those are tilings, and the Hopper kernel where nothing is against it.
+    """
+    against_hopper = verdict.against
     device, dtype = query.get_device(), query.get_dtype()
     call_sizes = query.get_size()
     batch, heads, query_len, _ = call_sizes
@@ -94,14 +158,13 @@ def _lower_to_template(
     heads = compat.static_int(heads)
     out_size = [batch, query_len, heads, value_dim]
     lse_size = [batch, heads, query_len]
-    if any(compat.known_true(sympy.Eq(size, 0)) for size in (batch, query_len)):
-        _record(form_name, "nothing to compute: no queries", kernel="none")
-        out = compat.empty_strided(out_size, dtype, device)
-        return compat.permute(out, (0, 2, 1, 3)), compat.empty_strided(lse_size, torch.float32, device)
-    given = prologues.offer(query, head_dim, list(attention_template.QUERY_ORDERS))
+    if against_hopper:
+        given = prologues.offer(query, head_dim, list(attention_template.QUERY_ORDERS))
+    else:
+        given = prologues.Query(query, None, hopper.TIMED)
     query = compat.unit_last_stride(given.box) if given.order is None else compat.realized(given.box)
     key, value = compat.unit_last_stride(key), compat.unit_last_stride(value)
-    operands = _operands_in_memory(slots)
+    operands = operands_in_memory(slots)
     lse = compat.empty_strided(lse_size, torch.float32, device)
     writes_lse = output_is_read(compat.current_node(), 1)
     layout = compat.ir.FixedLayout(device, dtype, out_size)
@@ -145,14 +208,30 @@ def _lower_to_template(
         )  # fmt: skip
         if error is not None and len(configs) == 1:
             raise error
+    if not against_hopper:
+        hopper.CHOICE.maybe_append_choice(
+            choices, input_nodes=inputs, layout=layout, form=form_name, names=tuple(operands), ints=slots.ints,
+            scale=scale, softcap=softcap,
+        )  # fmt: skip
     out = compat.select(template.name, choices, inputs, layout)
+    node = compat.current_node().name
+    facts = {
+        "template": template.name, "configs": [str(c) for c in configs], "architecture": arch,
+        "writes_lse": writes_lse, **verdict.facts,
+    }  # fmt: skip
+
+    def settle(is_hopper: bool) -> str:
+        detail = _sentence(configs, arch, against_hopper, is_hopper)
+        kernel = HOPPER if is_hopper else "triton_grouped"
+        decisions.record(decisions.Decision("lowered", form_name, node, detail, {"kernel": kernel, **facts}))
+        return hopper.OPAQUE if is_hopper else ""
+
+    if against_hopper:
+        settle(False)
     refusal = {"q": given.refusal} if given.refusal else {}
     again = dict.fromkeys(("k", "v"), fusions.AGAIN)
-    fusions.watch(out, form_name, {"q": query, "k": key, "v": value}, refusal | again)
-    _record(
-        form_name, _sentence(configs), kernel="triton_grouped", template=template.name,
-        configs=[str(c) for c in configs], architecture=arch, writes_lse=writes_lse,
-    )  # fmt: skip
+    inputs_by_name = {"q": query, "k": key, "v": value}
+    fusions.watch(out, form_name, inputs_by_name, refusal | again, settle=None if against_hopper else settle)
     return compat.permute(out, (0, 2, 1, 3)), lse
 
 
@@ -160,7 +239,7 @@ _operands: weakref.WeakKeyDictionary[Any, dict[torch.fx.Node, Any]] = weakref.We
 """By graph, its contiguous operands by the nodes that made them: layers that share an operand share its memory."""
 
 
-def _operands_in_memory(slots: Slots) -> dict[str, Any]:
+def operands_in_memory(slots: Slots) -> dict[str, Any]:
     """The tensor operands by their names in kernels, contiguous; computed once, however many layers read them."""
     made = _operands.setdefault(compat.current_graph(), {})
     arguments: Any = compat.current_node().args
@@ -171,10 +250,13 @@ def _operands_in_memory(slots: Slots) -> dict[str, Any]:
     return {name: made[node] for name, node in nodes.items() if node is not None}
 
 
-def _sentence(configs: list[TileConfig]) -> str:
-    if len(configs) == 1:
-        return f"grouped Triton template, {configs[0]}"
-    return f"grouped Triton template, best of {len(configs)} tilings by autotuning"
+def _sentence(configs: list[TileConfig], arch: int, against_hopper: list[str], is_hopper: bool) -> str:
+    if not against_hopper:
+        kernel = "the Hopper kernel" if is_hopper else "grouped Triton template"
+        return f"{kernel}, by autotuning the fastest of the Hopper kernel and {len(configs)} tilings of the template"
+    tiling = str(configs[0]) if len(configs) == 1 else f"best of {len(configs)} tilings by autotuning"
+    why = f"; not the Hopper kernel: {'; '.join(against_hopper)}" if arch == hopper.ARCHITECTURE else ""
+    return f"grouped Triton template, {tiling}{why}"
 
 
 def _heads_together(device: torch.device, batch: Any, kv_heads: int, key: Any, dims: int, dtype: torch.dtype) -> int:

@@ -29,6 +29,9 @@ from inductor_passes.pretend_device import PretendGpuError
 # where all are cheap questions; elsewhere only the named ones may go: emptying joint_graph.lazy_init, say, would
 # register every pattern twice.
 _DEVICE_CACHES: dict[str, tuple[str, ...]] = {
+    "custom_ops.kernels.gluon.dense_launch": ("_launch_of",),
+    "custom_ops.kernels.launch": ("_decision",),
+    "custom_ops.kernels.specialise": ("gpu_of",),
     "torch.utils._triton": ("*",),
     "torch._inductor.utils": ("*",),
     "torch._inductor.codegen.cuda.cuda_env": ("*",),
@@ -158,6 +161,7 @@ class _PretendDriver:
         self.get_device_capability = _always((self.facts.major, self.facts.minor))
         self.get_current_stream = _always(0)
         self.get_current_device = _always(0)
+        self.set_current_device = _always(None)
 
     @staticmethod
     def is_active() -> bool:

@@ -33,6 +33,7 @@ from inductor_passes import LIBRARY_OPTION
 from inductor_passes.pretend_gpu import Generated, compile_launches, generate, pretend_gpu
 from inductor_passes.resources import Resources, compile_kernel, read_resources
 from lowered_attn.compile import backend
+from tests.test_paged_codegen import called
 from tools import inspect as inspector
 from tools.cases import CASES
 
@@ -131,7 +132,9 @@ def test_a_training_case_generates_a_forward_and_a_backward() -> None:
 def test_eager_kernels_use_tensor_cores_and_fit(name: str, arch: str) -> None:
     kernels = {kernel.kernel: kernel for kernel in inspector.eager_kernels(CASES[name], arch)}
     backward = ["delta_kernel", "query_gradient_kernel", "key_value_gradient_kernel"]
-    assert list(kernels) == ["forward_kernel", *(backward if CASES[name].backward else [])]
+    # A window of 5 segments is too few keys for the Hopper kernel.
+    forward = "dense_attention_kernel" if arch == "sm_90" and name != "segment_cross_small" else "forward_kernel"
+    assert list(kernels) == [forward, *(backward if CASES[name].backward else [])]
     kernels.pop("delta_kernel", None)  # it has no product of matrices
     for kernel in kernels.values():
         assert (kernel.wgmma > 0) == (arch == "sm_90") and (kernel.mma > 0) == (arch == "sm_80")
@@ -159,7 +162,11 @@ def test_a_soft_cap_costs_no_spills(dim: int, arch: str, instruction: str) -> No
             lambda *qkv: OPS.full_self(*qkv, softcap=50.0)[0], q, k, v, backend=backend, options={LIBRARY_OPTION: False}
         )
         kernels, slots = kernels_for(q.device), form.slots({"key_padding": None, "q_start": None})
-        eager = compile_launches(lambda *qkv: kernels.forward(form, *qkv, slots, 0.1, 50.0), q, k, v)
+        plain, capped = (
+            compile_launches(lambda *qkv, cap=cap: kernels.forward(form, *qkv, slots, 0.1, cap), q, k, v)
+            for cap in (0.0, 50.0)
+        )
+        eager = list(capped)
         eager += compile_launches(
             lambda grad, *saved: kernels.backward(form, grad, None, *saved, slots, 0.1, 50.0), out, q, k, v, out, lse
         )
@@ -172,7 +179,9 @@ def test_a_soft_cap_costs_no_spills(dim: int, arch: str, instruction: str) -> No
     assert not [problem for cost in costs for problem in cost.problems if not problem.startswith("spills")]
     if (dim, arch) == (64, "sm_80"):
         costs = costs[:3]  # the gradients spill without a cap too
-    assert max(cost.spills for cost in costs) <= allowed
+    without = read_resources(plain[0], arch).spills  # the Hopper kernel's, with Triton 3.9
+    assert costs[1].spills <= max(allowed, without)
+    assert max(cost.spills for cost in (costs[0], *costs[2:])) <= allowed
 
 
 def latent_inputs() -> tuple[Tensor, ...]:
@@ -298,7 +307,8 @@ def test_the_command_names_the_choices(capsys: pytest.CaptureFixture[str]) -> No
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
 
 
-def test_layers_share_their_operands_memory() -> None:
+@pytest.mark.parametrize("library_kernels", [True, False])
+def test_layers_share_their_operands_memory(library_kernels: bool) -> None:
     """Padding and starts that the graph computes are computed once, not once more for every layer."""
 
     def layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cached: Tensor) -> Tensor:
@@ -312,7 +322,8 @@ def test_layers_share_their_operands_memory() -> None:
             q, k, v = (torch.empty(2, heads, 256, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
             mask = torch.empty(2, 256, dtype=torch.int64, device="cuda")
             cached = torch.empty(1, dtype=torch.int64, device="cuda")
-        made = generate(layers, q, k, v, mask, cached, backend=backend)
-    launches = re.findall(r"(\w+)\.run\(", made.wrapper.split("def call(", 1)[1])
-    attention = [name for name in launches if name.startswith("triton_tem")]
-    assert len(attention) == 3 and len(launches) - len(attention) <= 2, launches
+        made = generate(layers, q, k, v, mask, cached, backend=backend, options={LIBRARY_OPTION: library_kernels})
+    launches = called(made)
+    attention = [name for name in launches if name.startswith("grouped_attention" if library_kernels else "triton_tem")]
+    sums = 3 if library_kernels else 0  # templates compute them
+    assert len(attention) == 3 and len(launches) - len(attention) - sums <= 2, launches

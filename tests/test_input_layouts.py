@@ -10,11 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton compiles the generated code")
 
+from inductor_passes import LIBRARY_OPTION
 from inductor_passes.pretend_gpu import Generated, generate, pretend_gpu
 from lowered_attn.compile import backend
 
 OPS = torch.ops.lowered_attn
 BATCH, HEADS, KV_HEADS, LENGTH, DIM, HIDDEN = 2, 8, 2, 384, 128, 256
+TEMPLATES = {LIBRARY_OPTION: False}
 dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
@@ -39,7 +41,7 @@ def test_another_dimension_may_have_the_unit_stride(dynamic: bool) -> None:
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             padding = torch.empty(BATCH, LENGTH, dtype=torch.bool, device="cuda")
-        made = generate(attend, q, k, v, padding, backend=backend, dynamic=dynamic)
+        made = generate(attend, q, k, v, padding, backend=backend, dynamic=dynamic, options=TEMPLATES)
     assert strides(made) == {"stride_q": "1", "stride_k": "1", "stride_v": "1"}
 
 
@@ -76,7 +78,7 @@ def test_layouts_that_are_open_are_settled(dynamic: bool) -> None:
             angles = torch.empty(1, DIM // 2, LENGTH, device="cuda")
             padding = torch.empty(BATCH, LENGTH, dtype=torch.bool, device="cuda")
             arguments = (hidden, *weights, torch.empty(DIM, **bf16), angles, padding)
-        made = generate(rotated_attention, *arguments, backend=backend, dynamic=dynamic)
+        made = generate(rotated_attention, *arguments, backend=backend, dynamic=dynamic, options=TEMPLATES)
     assert strides(made) == {"stride_q": "1", "stride_k": "1", "stride_v": "1"}
 
 
@@ -99,7 +101,7 @@ def test_paged_inputs_of_any_layout() -> None:
                 torch.empty(size, dtype=torch.int32, device="cuda") for size in ((5,), (4,), (8, 4))
             )
             arguments = (columns, cache, cu_seqlens_q, context_lens, tables)
-        made = generate(attend, *arguments, backend=backend, options={"library_kernels": False})
+        made = generate(attend, *arguments, backend=backend, options=TEMPLATES)
     copies = [source for source in made.kernels.values() if "tl.dot" not in source and "tl.store" in source]
     assert copies, "columns in memory order [D, H, T] were not copied"
     (source,) = (source for source in made.kernels.values() if "tl.dot" in source)

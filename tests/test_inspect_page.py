@@ -23,6 +23,7 @@ from lowered_attn import cli
 from lowered_attn.inspect import page, text
 from lowered_attn.inspect.capture import Inspection, Kernel
 from lowered_attn.inspect.lines import changes, source_lines
+from tests.hopper import chosen
 from tools.cases import CASES
 from tools.inspect import inspect_case
 
@@ -54,6 +55,9 @@ MODEL = """
     def gated(q, k, v, gate):
         out = torch.ops.lowered_attn.sliding_self(q, k, v, 64)[0]
         return (out * torch.sigmoid(gate)).transpose(1, 2).flatten(2)
+
+    def causal(q, k, v, gate):
+        return torch.ops.lowered_attn.full_self(q, k, v)[0] * gate
 
     def gated_inputs():
         def draw(heads):
@@ -184,6 +188,16 @@ def test_a_training_case_shows_its_backward_kernels() -> None:
     assert found.outside["torch.ops.lowered_attn.attention_backward.default"] == 1
     html = page.render(found)
     assert "Compiled forward and backward" in html and "query_gradient_kernel" in html
+
+
+def test_the_hopper_kernel_is_shown_where_it_is_allowed(here: Path) -> None:
+    arguments = ("users_model:causal", "--inputs", "gated_inputs")
+    with chosen("gluon"):
+        assert run(*arguments) == run(*arguments, "--library-kernels", "--output", "allowed.html") == cli.OK
+    own, allowed = ((here / name).read_text() for name in ("inspect.html", "allowed.html"))
+    assert "dense_attention_kernel" in allowed and "An op launches this kernel itself" in allowed
+    assert "the Hopper kernel, called as an op" in allowed and "into the store of the output: mul" in own
+    assert "dense_attention_kernel" not in own and "not the Hopper kernel: library_kernels: expected True" in own
 
 
 def test_modules_train_unless_they_are_in_eval_mode(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

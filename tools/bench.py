@@ -138,7 +138,7 @@ def choose_cases(text: str) -> tuple[Suite, list[Any]]:
 
 
 @contextlib.contextmanager
-def _limited(seconds: float | None, late: Callable[[], object]) -> Iterator[None]:
+def limited(seconds: float | None, late: Callable[[], object]) -> Iterator[None]:
     """Call `late` on another thread when the block takes longer than `seconds`: a hung GPU holds this one for good."""
     clock = threading.Timer(seconds or 0, late)
     clock.daemon = True
@@ -267,7 +267,7 @@ def _measure(
             continue
         say(f"## {case.name} ({time.perf_counter() - begin:.0f} s so far)")
         try:
-            with _limited(suite.case_limit_s, functools.partial(late, case.name)):
+            with limited(suite.case_limit_s, functools.partial(late, case.name)):
                 result = suite.run(case, names, settings, timer, device, say, cuda_split, fatal)
         except DeviceLostError as error:
             return stop(case.name, error)

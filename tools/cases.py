@@ -45,7 +45,7 @@ class Case:
     name: str
     """How the command line and the results call it."""
     form_name: str
-    """`"full_self"`, `"sliding_self"` or `"segment_cross"`."""
+    """`"full_self"`, `"sliding_self"`, `"segment_cross"` or `"bidirectional"`."""
     description: str
     """Why it is in the list."""
     batch: int
@@ -86,7 +86,8 @@ class Case:
         if self.form_name == "segment_cross":
             mask, lengths = f"segment cross, lookback {self.lookback}", f"Lq{self.query_len} Lk{self.key_len}"
         else:
-            mask = "causal" if self.window is None else f"sliding {self.window}"
+            plain = "full" if self.form_name == "bidirectional" else "causal"
+            mask = plain if self.window is None else f"sliding {self.window}"
             lengths = f"S{self.query_len}"
         heads = f"H{self.query_heads}" if self.query_heads == self.kv_heads else f"H{self.query_heads}/{self.kv_heads}"
         dims = f"D{self.head_dim}" if self.head_dim == self.value_dim else f"D{self.head_dim}/{self.value_dim}"
@@ -122,6 +123,8 @@ class Case:
             assert self.lookback is not None
             segments = (i * self.key_len // self.query_len for i in range(self.query_len))
             return sum(min(segment, self.lookback) + 1 for segment in segments)
+        if self.form_name == "bidirectional":
+            return self.query_len * self.key_len
         seen = self.query_len if self.window is None else min(self.window, self.query_len)
         # The first `seen` queries see 1, 2, ..., `seen` keys; each later one sees `seen`.
         return seen * (seen + 1) // 2 + (self.query_len - seen) * seen

@@ -1,4 +1,4 @@
-"""The plot of a results file: a panel a case, a bar a variant. SVG; needs matplotlib (the `bench` extra)."""
+"""Plots of results files: a bar a variant, or a dot a point of the sweep. SVG; needs matplotlib (the `bench` extra)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from tools.report import Document, digest, is_memory_bound, is_timed, rate
+from tools.report_sweep import AT_LEAST, MASKS, standing
 
 COLUMNS = 2
 OURS, OURS_OTHER, PEER, INK = "#c2410c", "#fdba74", "#cbd5e1", "#1f2937"
@@ -18,6 +20,10 @@ MAIN = ("ours-compiled", "ours-autotuned", "ours")
 """Our variants in the stronger colour."""
 BAR_HEIGHT_IN, HEAD_IN = 0.24, 0.62
 """Height of a bar, and of a panel's title and margins, in inches."""
+# Text stays text (small file, searchable); ids are hashed with a fixed salt, so that equal data gives equal files.
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "lowered-attn", "font.size": 8}
+DIMS = {"64": "#2563eb", "96": "#0d9488", "128": "#c2410c", "192/128": "#7c3aed", "256": "#4b5563"}
+"""Colours of the sweep's head dims."""
 
 
 def draw(document: Document, cases: Sequence[Any] | None = None) -> str:
@@ -36,9 +42,7 @@ def draw(document: Document, cases: Sequence[Any] | None = None) -> str:
     lines = [panels[i * COLUMNS : (i + 1) * COLUMNS] for i in range(count)]
     slots = [max((len(rows) for _, rows in line), default=1) for line in lines]
     heights = [HEAD_IN + BAR_HEIGHT_IN * n for n in slots]
-    # Text stays text (small file, searchable); ids are hashed with a fixed salt, so that equal data gives
-    # equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowered-attn", "font.size": 8}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, sum(heights)), layout="constrained", facecolor="white")
         axes = figure.subplots(count, COLUMNS, squeeze=False, gridspec_kw={"height_ratios": heights})
         for index, ax in enumerate(axes.flat):
@@ -46,17 +50,20 @@ def draw(document: Document, cases: Sequence[Any] | None = None) -> str:
                 _panel(ax, slots[index // COLUMNS], memory_bound[index], *panels[index])
             else:
                 ax.set_axis_off()
-        out = io.StringIO()
-        host = document["host"]
-        figure.savefig(
-            out,
-            format="svg",
-            metadata={
-                "Date": None,
-                "Title": f"Attention on {host['gpu']}",
-                "Description": f"data {digest(document)}",
-            },
-        )
+        return _svg(figure, document)
+
+
+def _svg(figure: Figure, document: Document) -> str:
+    out = io.StringIO()
+    figure.savefig(
+        out,
+        format="svg",
+        metadata={
+            "Date": None,
+            "Title": f"Attention on {document['host']['gpu']}",
+            "Description": f"data {digest(document)}",
+        },
+    )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
@@ -77,3 +84,40 @@ def _panel(ax: Any, slots: int, memory_bound: bool, case: dict[str, Any], rows: 
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.spines["left"].set_color("#9ca3af")
     ax.set_title(case["title"], loc="left", fontsize=9, color=INK)
+
+
+def draw_sweep(document: Document, cases: Sequence[Any]) -> str:
+    """SVG text: a panel a mask, a dot a point; the better peer's time over ours against the work of the call.
+
+    A filled dot is the Hopper kernel, a ring the portable one. The lower line is what every point has to reach.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 6), layout="constrained", facecolor="white")
+        axes = figure.subplots(2, 2, sharex=True, sharey=True)
+        for ax, mask in zip(axes.flat, MASKS, strict=True):
+            ax.axhline(1, color="#9ca3af", linewidth=0.8)
+            ax.axhline(AT_LEAST, color="#dc2626", linewidth=0.8, linestyle="--")
+            for dims, colour in DIMS.items():
+                points = [case for case in cases if case["class"][:2] == [mask, dims]]
+                hopper = [bool(case["choice"]) and case["choice"]["kernel"] == "gluon" for case in points]
+                ax.scatter(
+                    [case["flops"] / 1e9 for case in points],
+                    [standing(case) for case in points],
+                    s=18,
+                    facecolors=[colour if ours else "none" for ours in hopper],
+                    edgecolors=colour,
+                    linewidths=0.9,
+                )
+            ax.set_xscale("log")
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.set_title(mask, loc="left", fontsize=9, color=INK)
+        dots = {f"D {dims}": (colour, colour) for dims, colour in DIMS.items()}
+        dots |= {"Hopper kernel": (INK, INK), "portable kernel": (INK, "none")}
+        handles = [
+            Line2D([], [], ls="", marker="o", markersize=4, markeredgecolor=edge, markerfacecolor=face, label=label)
+            for label, (edge, face) in dots.items()
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+        figure.supxlabel("GFLOP of the call", fontsize=8, color=INK)
+        figure.supylabel("time of the better of FlashAttention-3 and cuDNN over ours", fontsize=8, color=INK)
+        return _svg(figure, document)

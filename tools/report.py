@@ -3,9 +3,9 @@
     python -m tools.report            # writes README.md and the plots beside the data in tools/results
     python -m tools.report --check    # exit 1 where they are not what the data gives
 
-`dense.json` has to be there; `paged.json`, `whole_step.json` and `models.json` are reported where they are (see
-`tools.report_paged`, `tools.report_step` and `tools.report_models`). No figure appears that is not in the data. A
-result that was wrong is shown as wrong, never with a time.
+`dense.json` has to be there; `sweep.json`, `paged.json`, `whole_step.json` and `models.json` are reported where they
+are (see `tools.report_sweep`, `tools.report_paged`, `tools.report_step` and `tools.report_models`). No figure appears
+that is not in the data. A result that was wrong is shown as wrong, never with a time.
 """
 
 from __future__ import annotations
@@ -187,14 +187,17 @@ class Section:
     """The cases that the plot shows; None where there is no plot."""
     required: bool
     """Whether a missing results file is an error."""
+    drawing: str = "draw"
+    """The function of `tools.plot` that makes the plot of the data and of these cases."""
 
 
 def sections() -> tuple[Section, ...]:
     """All of them, in README's order."""
-    from tools import report_models, report_paged, report_step
+    from tools import report_models, report_paged, report_step, report_sweep
 
     return (
         Section("dense", (BEGIN, END), block, lambda document: document["cases"], required=True),
+        Section("sweep", report_sweep.MARKERS, report_sweep.block, report_sweep.plotted, False, "draw_sweep"),
         Section("paged", report_paged.MARKERS, report_paged.block, report_paged.plotted, required=False),
         Section("mla", report_paged.MLA_MARKERS, report_paged.block, report_paged.plotted, required=False),
         Section("whole_step", report_step.MARKERS, report_step.block, None, required=False),
@@ -269,12 +272,12 @@ def _write(readme: Path, results: Path) -> list[Path]:
     for section, document, plot in given:
         text = replaced(text, section.block(document, _link(readme, plot)), str(readme), section.markers)
     try:
-        from tools.plot import draw
+        from tools import plot as drawings
     except ImportError as error:
         raise ReportError(f"the plot needs matplotlib: {error}; pip install lowered-attn[bench]") from error
     for section, document, plot in given:
         if section.plotted is not None:
-            pictures[plot] = draw(document, section.plotted(document))
+            pictures[plot] = getattr(drawings, section.drawing)(document, section.plotted(document))
     for plot, picture in pictures.items():
         plot.write_text(picture)
     readme.write_text(text)

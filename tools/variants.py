@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from custom_ops.form import Form
 from custom_ops.masks import OperandValue
 
-PEERS = Path(__file__).resolve().parent.parent / ".peers" / "peers.py"
+PEERS = Path(os.environ.get("LOWERED_ATTN_PEERS", Path(__file__).resolve().parent.parent / ".peers")) / "peers.py"
 
 P = TypeVar("P")
 """What a variant computes: a case with its tensors."""
@@ -55,6 +56,11 @@ class Problem:
     def is_plain_causal(self) -> bool:
         """Whether a causal flag says all of the mask."""
         return self.form.name == "full_self" and not self.tensor_operands
+
+    @property
+    def is_unmasked(self) -> bool:
+        """Whether every query sees every key."""
+        return self.form.name == "bidirectional" and not self.tensor_operands
 
     @property
     def tensor_operands(self) -> dict[str, Tensor]:
@@ -158,7 +164,7 @@ def _sdpa(problem: Problem, backend: str) -> Prepared:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     mask = None
-    if not problem.is_plain_causal:
+    if not (problem.is_plain_causal or problem.is_unmasked):
         mask = dense_mask(problem)
         if backend == "FLASH_ATTENTION":
             raise Unavailable("PyTorch's FlashAttention takes no mask")
@@ -171,7 +177,7 @@ def _sdpa(problem: Problem, backend: str) -> Prepared:
                 problem.key,
                 problem.value,
                 attn_mask=mask,
-                is_causal=mask is None,
+                is_causal=problem.is_plain_causal,
                 scale=problem.scale,
                 enable_gqa=problem.groups_heads,
             )
@@ -228,7 +234,10 @@ def _flex(problem: Problem, mode: str | None = None, mask_inside: bool = False) 
 
 @functools.cache
 def peers() -> ModuleType:
-    """The adapters in `.peers/peers.py` of this checkout. Raises `Unavailable` where there are none."""
+    """The adapters in `.peers/peers.py` of this checkout, or in the folder that LOWERED_ATTN_PEERS names.
+
+    Raises `Unavailable` where there are none.
+    """
     if not PEERS.exists():
         raise Unavailable("no .peers/peers.py in this checkout")
     spec = importlib.util.spec_from_file_location("peers", PEERS)

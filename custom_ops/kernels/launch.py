@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from custom_ops.form import Form, Slots, empty_gradients, empty_outputs, unseeing_outputs
+from custom_ops.form import Form, Slots, empty_gradients, empty_outputs
 from custom_ops.kernels import backward as backward_kernels
 from custom_ops.kernels.forward import forward_kernel
+from custom_ops.kernels.gluon.dense_choice import Kernel, Present, choose, sees_everything
+from custom_ops.kernels.gluon.dense_cost import Sizes
+from custom_ops.kernels.gluon.dense_shape import dense_reasons
 from custom_ops.kernels.mask_functions import mask_functions
-from custom_ops.kernels.specialise import architecture, constants, kernel_operands, may_be_full
+from custom_ops.kernels.specialise import architecture, constants, gpu_of, kernel_operands, may_be_full
 from custom_ops.kernels.tile_config import (
     DESCRIPTOR_ALIGNMENT,
     TileConfig,
@@ -21,6 +27,12 @@ from custom_ops.kernels.tile_config import (
     forward_config,
     heads_together,
 )
+from custom_ops.masks import Mask
+
+LEAST_CUDNN = 91900
+"""Rates are of this one, and older ones have fewer kernels."""
+CUDNN_STEP = 128
+"""Of a new shape cuDNN takes milliseconds to plan: it is called for lengths that there are few of."""
 
 
 def forward(
@@ -32,17 +44,29 @@ def forward(
     scale: float,
     softcap: float = 0.0,
     config: TileConfig | None = None,
+    outputs: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of ``form``.
 
-    Shapes as in ``torch.ops.lowered_attn``. ``config`` overrides the shipped tiling.
+    Shapes as in ``torch.ops.lowered_attn``. Who takes a call is ``kernel_for``. ``config`` asks for the portable kernel
+    and overrides its shipped tiling. ``outputs``: written in place of new ones, and laid out like them; cuDNN has none.
     """
     batch, kv_heads, key_len, head_dim = key.shape
     value_dim = value.shape[3]
     if query.numel() == 0 or key_len == 0:
-        return unseeing_outputs(query, value)
-    out, lse = empty_outputs(query, value)
-    query, key, value = (unit_last_stride(t) for t in (query, key, value))
+        out, lse = outputs or empty_outputs(query, value)
+        return out.zero_(), lse.fill_(float("-inf"))
+    query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    mask = form.mask_of(slots)
+    kernel = "triton" if config is not None else _decide(mask, query, key, value, slots, softcap)[0]
+    if kernel == "cudnn" and outputs is None:
+        with on_device_of(query):
+            return _cudnn(query, key, value, scale, is_causal=not sees_everything(mask))
+    out, lse = outputs or empty_outputs(query, value)
+    if kernel != "triton":
+        with on_device_of(query):
+            _hopper().forward(mask, query, key, value, slots, scale, softcap, out, lse)
+        return out, lse
     call = _Call(form, query, key, value, slots, softcap)
     config = config or forward_config(
         call.architecture, query.dtype, head_dim, value_dim, call.width, call.descriptors_fit
@@ -120,6 +144,118 @@ def backward(
     return dq, dk, dv
 
 
+def kernel_for(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, softcap: float = 0.0
+) -> tuple[Kernel, str]:
+    """Who takes the forward of this call, and why: the Hopper kernel, cuDNN, or the portable Triton one."""
+    kernel, against, why = _decide(form.mask_of(slots), query, key, value, slots, softcap)
+    return kernel, "; ".join(against) or why
+
+
+def against_hopper(
+    form: Form, query: Tensor, key: Tensor, value: Tensor, slots: Slots, softcap: float = 0.0
+) -> list[str]:
+    """Why the Hopper kernel cannot, or had better not, take this call; empty where the choice is one of speed."""
+    return list(_decide(form.mask_of(slots), query, key, value, slots, softcap)[1])
+
+
+@functools.cache
+def _hopper() -> Any:
+    """``gluon.dense_launch``, imported at the first call that takes it: Gluon is there for GPUs that have it."""
+    from custom_ops.kernels.gluon import dense_launch
+
+    return dense_launch
+
+
+def _decide(
+    mask: Mask, query: Tensor, key: Tensor, value: Tensor, slots: Slots, softcap: float
+) -> tuple[Kernel, tuple[str, ...], str]:
+    aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % DESCRIPTOR_ALIGNMENT == 0
+    padding, q_start, query_value, key_value, request_value, ints = slots
+    return _decision(
+        mask, ints,
+        (
+            q_start is not None, query_value is not None, request_value is not None, key_value is not None,
+            padding is not None,
+        ),
+        query.device, query.dtype, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
+        softcap, aligned,
+    )  # fmt: skip
+
+
+@functools.lru_cache(1024)
+def _decision(
+    mask: Mask,
+    ints: tuple[int, ...],
+    present: Present,
+    device: torch.device,
+    dtype: torch.dtype,
+    query_sizes: tuple[int, ...],
+    query_strides: tuple[int, ...],
+    key_sizes: tuple[int, ...],
+    key_strides: tuple[int, ...],
+    value_sizes: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    softcap: float,
+    aligned: bool,
+) -> tuple[Kernel, tuple[str, ...], str]:
+    """``kernel_for`` of calls that are alike, and what is against the Hopper kernel. ``aligned``: addresses are."""
+    layouts = ((query_sizes, query_strides), (key_sizes, key_strides), (value_sizes, value_strides))
+    reasons = dense_reasons(
+        architecture=architecture(device) if device.type == "cuda" else 0,
+        dtype=dtype,
+        head_dim=query_sizes[3],
+        value_dim=value_sizes[3],
+        query_len=query_sizes[2],
+        width=mask.width_for(ints),
+        softcap=softcap,
+        aligned=aligned and all(_rows_are_aligned(*layout, dtype.itemsize) for layout in layouts),
+    )
+    if reasons:
+        return "triton", tuple(reasons), ""
+    sizes = Sizes.of(query_sizes, key_sizes, value_sizes)
+    choice = choose(
+        mask, ints, present, sizes, has_softcap=softcap != 0.0, gpu=gpu_of(device),
+        cudnn=not cudnn_call_reasons(sizes, layouts, torch.backends.cudnn.version() or 0),
+    )  # fmt: skip
+    return choice.kernel, (), choice.reason
+
+
+def cudnn_call_reasons(
+    sizes: Sizes, layouts: Sequence[tuple[Sequence[int], Sequence[int]]], version: int
+) -> list[str]:
+    """Why an eager call does not take cuDNN's attention, besides its mask and sizes; empty where it may.
+
+    ``layouts``: sizes and strides of q, k and v. ``version``: cuDNN's, as torch tells it, 0 without.
+    """
+    # Its output has q's order of dimensions, and ours is token-major.
+    token_major = all(
+        size[2] > 1 and strides[2] >= size[1] * strides[1] and strides[1] >= size[3] and strides[0] >= strides[2]
+        for size, strides in layouts
+    )
+    checks = (
+        (version >= LEAST_CUDNN, f"cuDNN: expected at least version {LEAST_CUDNN}, got {version}"),
+        (
+            sizes.query_len % CUDNN_STEP == 0 and sizes.key_len % CUDNN_STEP == 0,
+            f"lengths: expected multiples of {CUDNN_STEP}, got {sizes.query_len} and {sizes.key_len}",
+        ),
+        (token_major, "q, k and v: expected all heads of a token side by side"),
+    )
+    return [reason for holds, reason in checks if not holds]
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's fused attention, whose log-sum-exp is the same natural logarithm, as ``[B, H, L, 1]``."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, is_causal, False, scale=scale
+    )
+    batch, heads, query_len, value_dim = out.shape
+    row = heads * value_dim
+    if out.stride() != (query_len * row, value_dim, row, 1):  # the op's fake implementation promises these
+        out = empty_outputs(query, value)[0].copy_(out)
+    return out, lse.view(batch, heads, query_len)
+
+
 class _Call:
     """What the forward and the backward launches of one call share."""
 
@@ -156,6 +292,19 @@ class _Call:
         )
 
 
+def can_copy(t: Tensor) -> bool:
+    """Whether the copy engine can read ``t`` ``[B, H, L, D]``: rows in one piece, all aligned, none repeated."""
+    return t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0 and _rows_are_aligned(t.shape, t.stride(), t.element_size())
+
+
+def _rows_are_aligned(sizes: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> bool:
+    step = DESCRIPTOR_ALIGNMENT // element_size
+    aligned = all(
+        size == 1 or (stride > 0 and stride % step == 0) for size, stride in zip(sizes[:3], strides[:3], strict=True)
+    )
+    return strides[3] == 1 and aligned
+
+
 def _is_aligned(t: Tensor) -> bool:
     """Whether every row of every head starts at an address that the bulk copy engine takes."""
     offsets = (t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:3]))
@@ -177,4 +326,6 @@ def unit_last_stride(t: Tensor) -> Tensor:
 
 def on_device_of(t: Tensor) -> Any:
     """Launch on the tensors' own GPU, whichever is current."""
-    return torch.cuda.device(t.device if t.is_cuda else -1)
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)

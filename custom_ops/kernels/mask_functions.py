@@ -15,7 +15,7 @@ import sympy
 import triton
 import triton.language as tl
 
-from custom_ops.mask_printing import range_source, triton_source
+from custom_ops.mask_printing import interval_source, range_source, triton_source
 from custom_ops.masks import Mask
 
 
@@ -25,6 +25,16 @@ class MaskFunctions(NamedTuple):
     visible: Any
     key_visible: Any
     bounds: Any
+
+
+class HopperFunctions(NamedTuple):
+    """Device functions of one mask in Gluon."""
+
+    visible: Any
+    key_visible: Any
+    bounds: Any
+    interval: Any
+    """See ``custom_ops.mask_printing.interval_source``; None where the mask is not one interval."""
 
 
 class PagedFunctions(NamedTuple):
@@ -37,32 +47,40 @@ class PagedFunctions(NamedTuple):
 @functools.cache
 def mask_functions(mask: Mask) -> MaskFunctions:
     """``mask``'s device functions. Masks are few (a form, with or without padding), so they are kept for good."""
-    scope = _run(mask.name, decorated_source(mask), {"triton": triton, "tl": tl})
+    scope = device_functions(mask.name, triton_source(mask), gluon=False)
     return MaskFunctions(*(scope[f"{mask.name}_{part}"] for part in MaskFunctions._fields))
+
+
+@functools.cache
+def hopper_functions(mask: Mask) -> HopperFunctions:
+    """``mask``'s device functions for Gluon kernels; kept for good."""
+    source = triton_source(mask, "gl")
+    if mask.interval() is not None:
+        source += f"\n\n{interval_source(mask, 'gl')}"
+    scope = device_functions(mask.name, source, gluon=True)
+    return HopperFunctions(*(scope.get(f"{mask.name}_{part}") for part in HopperFunctions._fields))
 
 
 @functools.cache
 def paged_functions(mask: Mask, gluon: bool = False) -> PagedFunctions:
     """A paged mask's device functions, for Triton kernels or for Gluon ones; kept for good."""
-    scope: dict[str, Any] = {"triton": triton, "tl": tl}
-    if gluon:
-        from triton.experimental import gluon as gluon_module
-        from triton.experimental.gluon import language as gl
-
-        scope = {"gluon": gluon_module, "gl": gl}
-    scope = _run(mask.name, decorated_range_source(mask, gluon), scope)
+    scope = _run(mask.name, decorated_range_source(mask, gluon), _scope(gluon))
     return PagedFunctions(*(scope[f"{mask.name}_{part}"] for part in PagedFunctions._fields))
 
 
 def decorated_source(mask: Mask) -> str:
     """``triton_source(mask)`` with each function under ``@triton.jit``."""
-    return triton_source(mask).replace("def ", "@triton.jit\ndef ")
+    return _decorated(triton_source(mask), gluon=False)
 
 
 def decorated_range_source(mask: Mask, gluon: bool = False) -> str:
     """``range_source(mask)`` with each function under ``@triton.jit``, or in Gluon under ``@gluon.jit``."""
-    decorator, namespace = ("gluon", "gl") if gluon else ("triton", "tl")
-    return range_source(mask, namespace).replace("def ", f"@{decorator}.jit\ndef ")
+    return _decorated(range_source(mask, "gl" if gluon else "tl"), gluon)
+
+
+def device_functions(name: str, functions: str, gluon: bool) -> dict[str, Any]:
+    """What ``functions``, the text of device functions in Gluon or in Triton, defines; ``name`` is for tracebacks."""
+    return _run(name, _decorated(functions, gluon), _scope(gluon))
 
 
 def reads_keys(mask: Mask) -> bool:
@@ -70,14 +88,28 @@ def reads_keys(mask: Mask) -> bool:
     return mask.per_key != sympy.true
 
 
+def _decorated(functions: str, gluon: bool) -> str:
+    return functions.replace("def ", f"@{'gluon' if gluon else 'triton'}.jit\ndef ")
+
+
+def _scope(gluon: bool) -> dict[str, Any]:
+    """What the text of device functions reads."""
+    if gluon:
+        from triton.experimental import gluon as gluon_module
+        from triton.experimental.gluon import language as gl
+
+        return {"gluon": gluon_module, "gl": gl}
+    return {"triton": triton, "tl": tl}
+
+
 def _run(name: str, functions: str, scope: dict[str, Any]) -> dict[str, Any]:
-    """The names that ``functions``, the text of mask ``name``, defines with those of ``scope`` imported."""
+    """The names that ``functions``, the text of what is called ``name``, defines with those of ``scope`` imported."""
     gluon = "from triton.experimental import gluon\nfrom triton.experimental.gluon import language as gl\n"
     imports = gluon if "gluon" in scope else "import triton\nimport triton.language as tl\n"
     source = f"{imports}\n\n{functions}"
     # Triton reads a function's text through inspect, which finds it here: so each text has its own name, whatever the
     # masks are called.
-    filename = f"<lowered_attn mask {name} {zlib.crc32(source.encode()):08x}>"
+    filename = f"<lowered_attn {name} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     scope = {**scope, "__name__": "custom_ops.kernels.generated"}
     exec(compile(source, filename, "exec"), scope)

@@ -5,12 +5,14 @@ The compile-time constants of the tile loop, for eager launches and templates al
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import sympy
 import torch
 
 from custom_ops.form import Slots
+from custom_ops.kernels.gluon.dense_cost import Gpu
 from custom_ops.masks import Mask
 
 FP8_ARCHITECTURE = 89
@@ -29,6 +31,13 @@ def architecture(device: torch.device) -> int:
     """A GPU's compute capability times ten: 80, 90, 100."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def gpu_of(device: torch.device | int) -> Gpu:
+    """What the choice of a dense kernel asks of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def kernel_operands(slots: Slots) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
+from custom_ops.kernels.gluon.dense_choice import HOPPER
 from inductor_passes import LIBRARY_OPTION, compile_with_passes
 from inductor_passes.decisions import Decision, recording
 from lowered_attn.inspect.calls import OPS, Call, calls_in
@@ -128,7 +129,8 @@ def inspect_target(target: Target, gpu: Any, mode: Any, *, gradients: bool = Tru
         torch.compiler.reset()
     breaks = {r: n - before.get(r, 0) for r, n in compat.graph_breaks().items() if n > before.get(r, 0)}
     wrappers = gpu.wrappers[mark:]
-    kernels = [*_generated(gpu.kernels[kernel_mark:], wrappers, gpu.facts.arch), *_launched(calls, gpu.facts.arch)]
+    kernels = _generated(gpu.kernels[kernel_mark:], wrappers, gpu.facts.arch)
+    kernels += _launched(calls, log.records, gpu.facts.arch)
     calls = [_with_tile(call, log.records) for call in calls]
     return Inspection(
         target.name, gpu.facts.arch, gpu.facts.name, _versions(), any(_is_backward(w) for w in wrappers), library,
@@ -138,7 +140,7 @@ def inspect_target(target: Target, gpu: Any, mode: Any, *, gradients: bool = Tru
 
 def _with_tile(call: Call, decisions: Sequence[Decision]) -> Call:
     """The call with its mask drawn in the tiles that the kernel has, where the decision names them."""
-    facts = next((d.facts for d in decisions if d.stage == "lowered" and d.node == call.node), {})
+    facts = _facts(call, decisions)
     tiling = re.search(r"BLOCK_M=(\d+) BLOCK_N=(\d+)", str(facts.get("configs")))
     if call.picture is None or not tiling:
         return call
@@ -146,6 +148,11 @@ def _with_tile(call: Call, decisions: Sequence[Decision]) -> Call:
     heads = int(query.shape[1]) // int(key.shape[1])  # their rows share a tile
     tile = max(int(tiling[1]) // heads, 1), int(tiling[2])
     return dataclasses.replace(call, picture=dataclasses.replace(call.picture, tile=tile))
+
+
+def _facts(call: Call, decisions: Sequence[Decision]) -> dict[str, object]:
+    """What is known about how a call was lowered."""
+    return next((d.facts for d in decisions if d.stage == "lowered" and d.node == call.node), {})
 
 
 def _copied(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -198,15 +205,28 @@ def _fused_nodes(name: str, wrapper: str) -> tuple[str, ...]:
     return tuple(n.strip() for n in nodes.split(",") if n.strip())
 
 
-def _launched(calls: Sequence[Call], arch: str) -> list[Kernel]:
-    """The kernels that the backward's op launches itself, outside of Inductor."""
+def _launched(calls: Sequence[Call], decisions: Sequence[Decision], arch: str) -> list[Kernel]:
+    """The kernels that ops launch themselves, outside of Inductor: every backward's, and the Hopper forward's."""
     kernels: dict[tuple[Any, ...], Kernel] = {}
     for call in calls:
+        found = []
         if call.phase == "backward":
-            for resources in backward_kernels(call.arguments, arch):
-                key = (resources.kernel, resources.config, resources.registers, call.op, call.shapes)
-                kernels.setdefault(key, Kernel(resources.kernel, "", "backward", resources, "", (call.op,)))
+            found = backward_kernels(call.arguments, arch)
+        elif _facts(call, decisions).get("kernel") == HOPPER:
+            found = forward_kernels(call.arguments, arch)
+        for resources in found:
+            key = (resources.kernel, resources.config, resources.registers, call.op, call.shapes)
+            kernels.setdefault(key, Kernel(resources.kernel, "", call.phase, resources, "", (call.op,)))
     return list(kernels.values())
+
+
+def forward_kernels(arguments: Sequence[Any], arch: str) -> list[Any]:
+    """Resources of what `lowered_attn::grouped_attention` launches for these arguments, fake tensors on "cuda"."""
+    from custom_ops.op import kernels_for
+
+    qkv, (form, slots, scale, *softcap) = arguments[:3], _operands(arguments[3:])
+    launch = kernels_for(qkv[0].device).forward
+    return launched_by(lambda *qkv: launch(form, *qkv, slots, scale, *softcap), arch, *qkv)
 
 
 def backward_kernels(arguments: Sequence[Any], arch: str) -> list[Any]:
@@ -214,15 +234,19 @@ def backward_kernels(arguments: Sequence[Any], arch: str) -> list[Any]:
     from custom_ops.op import kernels_for
 
     grad, grad_lse, *qkv = arguments[:7]
-    form, ints, scale, *softcap = arguments[12:]
-    padding, q_start, query_value, key_value, request_value = arguments[7:12]
-    slots = Slots(padding, q_start, query_value, key_value, request_value, tuple(int(i) for i in ints))
+    form, slots, scale, *softcap = _operands(arguments[7:])
     launch = kernels_for(grad.device).backward
 
     def run(grad: Any, *qkv: Any) -> Any:
-        return launch(FORMS[form], grad, grad_lse, *qkv, slots, scale, *softcap)
+        return launch(form, grad, grad_lse, *qkv, slots, scale, *softcap)
 
     return launched_by(run, arch, grad, *qkv)
+
+
+def _operands(arguments: Sequence[Any]) -> list[Any]:
+    """The form, its operands, the scale and perhaps the soft-cap, of what an op takes after its tensors."""
+    form, ints, *rest = arguments[5:]
+    return [FORMS[form], Slots._make([*arguments[:5], tuple(int(i) for i in ints)]), *rest]
 
 
 def launched_by(run: Callable[..., Any], arch: str, *tensors: Any) -> list[Any]:

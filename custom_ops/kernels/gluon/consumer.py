@@ -71,14 +71,36 @@ def product_with_keys(q, k_tiles, k_full, filled, S: gl.constexpr):
 
 
 @gluon.jit
+def capped(scores, tanh_scale, S: gl.constexpr):
+    """Scores as they are, or with a softcap their tanh."""
+    if S.softcap:
+        # tanh by exponentials: tanh.approx errs by 5e-4, which a cap of 50 makes 0.02.
+        scores = 1.0 - 2.0 / (gl.exp2(scores * tanh_scale) + 1.0)
+    return scores
+
+
+@gluon.jit
+def raised_maximum(scores, row_max, scale):
+    """The rows' greatest scaled scores so far, and the factor of what was summed before."""
+    highest = gl.maximum(row_max, gl.max(scores, 1) * scale)
+    return highest, gl.exp2(row_max - highest)
+
+
+@gluon.jit
+def weights(scores, row_max, sums, kept, scale, S: gl.constexpr):
+    """``p`` of a tile's scores, and the sums with it."""
+    p = gl.exp2(scores * scale - row_max[:, None])
+    sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, sums.type.layout))[:, None] + thread_sums(p, S)
+    return p, sums
+
+
+@gluon.jit
 def seen_scores(scores, key, end, keys, visible, tanh_scale, S: gl.constexpr, VISIBLE: gl.constexpr):
     """Scores, capped, of the tile whose keys begin at ``key``, of a source whose keys stop before ``end``.
 
     -inf where a row does not see a key.
     """
-    if S.softcap:
-        # tanh by exponentials: tanh.approx errs by 5e-4, which a cap of 50 makes 0.02.
-        scores = 1.0 - 2.0 / (gl.exp2(scores * tanh_scale) + 1.0)
+    scores = capped(scores, tanh_scale, S)
     partial = (key < visible.lower_all) | (key + S.block_n > gl.minimum(visible.upper_all, end))
     if not S.exact:
         partial = partial | True
@@ -97,10 +119,8 @@ def softmax_step(
 ):
     """Online softmax of a tile, see ``seen_scores``: ``p, row_max, sums``, the factor of what was summed before."""
     scores = seen_scores(scores, key, end, keys, visible, tanh_scale, S, VISIBLE)
-    highest = gl.maximum(row_max, gl.max(scores, 1) * scale)
-    p = gl.exp2(scores * scale - highest[:, None])
-    kept = gl.exp2(row_max - highest)
-    sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, sums.type.layout))[:, None] + thread_sums(p, S)
+    highest, kept = raised_maximum(scores, row_max, scale)
+    p, sums = weights(scores, highest, sums, kept, scale, S)
     return p, highest, sums, kept
 
 
