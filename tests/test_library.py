@@ -131,7 +131,7 @@ def test_the_compiler_chooses_as_eager_calls_do(name: str, monkeypatch: pytest.M
 
     form, length, batch = CALLS[name]
     ints = (200,) if form == "sliding_self" else ()
-    rates = {(kernel, dim, False): rate for kernel, rate in MADE_UP.items() for dim in dense_choice.HEAD_DIMS}
+    rates = {(kernel, dim, "causal"): rate for kernel, rate in MADE_UP.items() for dim in dense_choice.HEAD_DIMS}
     monkeypatch.setattr(dense_choice, "RATES", rates)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: launch.LEAST_CUDNN)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from custom_ops.kernels.gluon import dense_choice, dense_cost
-from custom_ops.kernels.gluon.dense_choice import OTHERS, is_window, own_tiles, shapes_of, walk_of
+from custom_ops.kernels.gluon.dense_choice import OTHERS, kind_of, own_tiles, shapes_of, walk_of
 from custom_ops.kernels.gluon.dense_cost import H200, Gpu, Rates, Sizes, key_tiles
 from tools.report import load
 from tools.sweep_cases import POINTS
@@ -126,14 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", action="store_true", help="also print what is predicted of each point")
     parser.add_argument("--write", action="store_true", help="put the rates into dense_choice.py: others stay")
     options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    by_key: dict[tuple[str, int, bool], list[tuple[Load, float, str]]] = {}
+    by_key: dict[tuple[str, int, str], list[tuple[Load, float, str]]] = {}
     for path in options.results:
         document = load(path)
         gpu = Gpu(document["host"]["multiprocessors"], H200.l2_bytes)
         for kernel, name, time in measured(document):
             made = load_of(kernel, name, gpu)
             if made is not None:
-                key = (kernel, POINTS[name].head_dim, is_window(POINTS[name].form.mask))
+                key = (kernel, POINTS[name].head_dim, kind_of(POINTS[name].form.mask))
                 by_key.setdefault(key, []).append((made, time, name))
     rates_found = dict(dense_choice.RATES)
     for key, points in sorted(by_key.items()):
@@ -154,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def row_of(key: tuple[str, int, bool], rates: Rates) -> str:
+def row_of(key: tuple[str, int, str], rates: Rates) -> str:
     """A line of the table."""
-    kernel, head_dim, window = key
-    return f'("{kernel}", {head_dim}, {window}): Rates({rates.launch:.2f}, {rates.item:.2f}, {rates.tile:.3f}),'
+    kernel, head_dim, kind = key
+    return f'("{kernel}", {head_dim}, "{kind}"): Rates({rates.launch:.2f}, {rates.item:.2f}, {rates.tile:.3f}),'
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ HOPPER = "gluon_dense"
 Present = tuple[bool, bool, bool, bool, bool]
 """Which tensor operands a call has, in the order of ``specialise.kernel_operands``."""
 
-LEAST_GAIN = {"cudnn": 0.03, "triton": 0.05}
+LEAST_GAIN = {"cudnn": 0.02, "triton": 0.05}
 """How much faster than the Hopper kernel another one has to be by prediction: predictions are that far off."""
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Rates are those of the least of these that is no less than a call's head dim."""
@@ -52,37 +52,56 @@ class _Tiles(NamedTuple):
 OTHERS = {"cudnn": _Tiles(128, 64), "triton": _Tiles(128, 64)}
 
 # NVIDIA H200, torch 2.11, triton 3.6, cuDNN 9.19, bf16, by tools/fit_choice.py. By kernel (of the Hopper one, with its
-# consumers), head dim and whether the mask is a window: microseconds of a launch, of an item, of a key tile.
-RATES: dict[tuple[str, int, bool], Rates] = {
+# consumers), head dim and kind of mask: microseconds of a launch, of an item, of a key tile.
+RATES: dict[tuple[str, int, str], Rates] = {
     # rates: begin
-    ("cudnn", 64, False): Rates(7.46, 1.02, 0.572),
-    ("cudnn", 96, False): Rates(7.99, 1.90, 0.806),
-    ("cudnn", 128, False): Rates(7.90, 1.52, 0.830),
-    ("cudnn", 192, False): Rates(8.74, 1.56, 1.108),
-    ("cudnn", 256, False): Rates(6.13, 2.96, 1.485),
-    ("gluon2", 64, False): Rates(8.50, 1.30, 1.090),
-    ("gluon2", 64, True): Rates(8.50, 2.30, 1.000),
-    ("gluon2", 96, False): Rates(9.00, 1.50, 1.560),
-    ("gluon2", 96, True): Rates(9.60, 2.45, 1.500),
-    ("gluon2", 128, False): Rates(8.40, 1.80, 1.570),
-    ("gluon2", 128, True): Rates(10.08, 2.50, 1.512),
-    ("gluon2", 192, False): Rates(9.00, 1.80, 1.970),
-    ("gluon2", 192, True): Rates(9.00, 3.00, 1.100),
-    ("gluon2", 256, False): Rates(5.86, 3.74, 1.387),
-    ("gluon2", 256, True): Rates(4.42, 4.49, 1.366),
-    ("gluon3", 64, False): Rates(8.48, 1.42, 1.532),
-    ("gluon3", 64, True): Rates(8.23, 2.76, 1.437),
-    ("gluon3", 96, False): Rates(9.10, 1.64, 2.122),
-    ("gluon3", 128, False): Rates(8.10, 2.31, 2.107),
-    ("gluon3", 192, False): Rates(8.78, 2.46, 1.442),
-    ("triton", 64, False): Rates(6.68, 2.08, 0.574),
-    ("triton", 64, True): Rates(5.61, 0.23, 0.988),
-    ("triton", 96, False): Rates(6.75, 3.52, 0.917),
-    ("triton", 128, False): Rates(3.92, 5.90, 0.845),
-    ("triton", 128, True): Rates(1.53, 3.96, 1.050),
-    ("triton", 192, False): Rates(7.88, 2.02, 1.286),
-    ("triton", 256, False): Rates(4.50, 9.13, 1.575),
-    ("triton", 256, True): Rates(0.05, 10.41, 1.879),
+    ("cudnn", 64, "causal"): Rates(7.48, 1.08, 0.570),
+    ("cudnn", 64, "full"): Rates(6.78, 1.02, 0.574),
+    ("cudnn", 96, "causal"): Rates(8.79, 1.27, 0.840),
+    ("cudnn", 96, "full"): Rates(7.27, 2.25, 0.805),
+    ("cudnn", 128, "causal"): Rates(7.65, 1.58, 0.845),
+    ("cudnn", 128, "full"): Rates(8.16, 1.31, 0.812),
+    ("cudnn", 192, "causal"): Rates(8.95, 0.89, 1.176),
+    ("cudnn", 192, "full"): Rates(7.20, 3.38, 1.085),
+    ("cudnn", 256, "causal"): Rates(6.13, 2.84, 1.495),
+    ("cudnn", 256, "full"): Rates(5.93, 2.02, 1.638),
+    ("gluon2", 64, "causal"): Rates(8.31, 1.82, 1.128),
+    ("gluon2", 64, "full"): Rates(7.77, 2.35, 1.086),
+    ("gluon2", 64, "window"): Rates(11.04, 2.99, 1.030),
+    ("gluon2", 96, "causal"): Rates(8.92, 1.87, 1.385),
+    ("gluon2", 96, "full"): Rates(8.59, 1.78, 1.409),
+    ("gluon2", 96, "window"): Rates(1.06, 3.11, 1.408),
+    ("gluon2", 128, "causal"): Rates(8.10, 2.45, 1.520),
+    ("gluon2", 128, "full"): Rates(8.80, 2.42, 1.524),
+    ("gluon2", 128, "window"): Rates(8.30, 2.60, 1.520),
+    ("gluon2", 192, "causal"): Rates(8.76, 3.60, 1.867),
+    ("gluon2", 192, "full"): Rates(5.88, 4.79, 1.841),
+    ("gluon2", 192, "window"): Rates(9.00, 3.00, 1.100),
+    ("gluon2", 256, "causal"): Rates(5.03, 3.72, 1.420),
+    ("gluon2", 256, "full"): Rates(5.99, 3.56, 1.500),
+    ("gluon2", 256, "window"): Rates(4.32, 4.34, 1.382),
+    ("gluon3", 64, "causal"): Rates(8.44, 1.94, 1.472),
+    ("gluon3", 64, "full"): Rates(8.77, 2.09, 1.466),
+    ("gluon3", 64, "window"): Rates(9.51, 2.84, 1.422),
+    ("gluon3", 96, "causal"): Rates(8.08, 2.60, 1.982),
+    ("gluon3", 96, "full"): Rates(9.42, 1.14, 1.980),
+    ("gluon3", 128, "causal"): Rates(7.81, 2.46, 2.135),
+    ("gluon3", 128, "full"): Rates(9.81, 1.99, 2.134),
+    ("gluon3", 192, "causal"): Rates(8.52, 2.23, 1.423),
+    ("gluon3", 192, "full"): Rates(2.99, 5.67, 1.359),
+    ("triton", 64, "causal"): Rates(6.70, 2.09, 0.578),
+    ("triton", 64, "full"): Rates(6.83, 2.10, 0.564),
+    ("triton", 64, "window"): Rates(5.30, 0.21, 0.991),
+    ("triton", 96, "causal"): Rates(5.85, 5.18, 0.773),
+    ("triton", 96, "full"): Rates(5.76, 2.62, 1.097),
+    ("triton", 128, "causal"): Rates(3.60, 6.10, 0.786),
+    ("triton", 128, "full"): Rates(6.29, 5.42, 0.960),
+    ("triton", 128, "window"): Rates(0.77, 3.99, 1.055),
+    ("triton", 192, "causal"): Rates(8.39, 1.59, 1.332),
+    ("triton", 192, "full"): Rates(0.05, 7.03, 1.341),
+    ("triton", 256, "causal"): Rates(5.15, 9.44, 1.502),
+    ("triton", 256, "full"): Rates(1.83, 6.56, 2.222),
+    ("triton", 256, "window"): Rates(0.05, 11.03, 1.970),
     # rates: end
 }  # fmt: skip
 
@@ -173,16 +192,18 @@ def sees_everything(mask: Mask) -> bool:
 # ------------------------------------------------------------------ predictions
 
 
-def rates_of(kernel: str, head_dim: int, window: bool) -> Rates:
+def rates_of(kernel: str, head_dim: int, kind: str) -> Rates:
     """Those of the nearest kind of call that was measured."""
     dim = next((known for known in HEAD_DIMS if known >= head_dim), HEAD_DIMS[-1])
-    keys = ((kernel, dim, window), (kernel, dim, False), ("gluon2", dim, window))
+    keys = ((kernel, dim, kind), (kernel, dim, "causal"), ("gluon2", dim, kind), ("gluon2", dim, "causal"))
     return next(RATES[key] for key in keys if key in RATES)
 
 
-def is_window(mask: Mask) -> bool:
-    """Whether keys are hidden before those that a query sees, so that both ends of its tiles are partial."""
-    return mask.tile_bounds().lo_any != 0
+def kind_of(mask: Mask) -> str:
+    """By which ends of a row tile's key tiles are partial: "full", neither; "causal", the last; "window", both."""
+    if mask.tile_bounds().lo_any != 0:
+        return "window"
+    return "full" if sees_everything(mask) else "causal"
 
 
 def shapes_of(mask: Mask, present: Present, sizes: Sizes, has_softcap: bool) -> list[DenseShape]:
@@ -212,7 +233,7 @@ def plan(
     mask: Mask, ints: tuple[int, ...], present: Present, sizes: Sizes, shape: DenseShape, gpu: Gpu
 ) -> tuple[Walk, float]:
     """The walk of one kernel for a call, and the predicted time."""
-    rates = rates_of(f"gluon{shape.consumers}", sizes.head_dim, is_window(mask))
+    rates = rates_of(f"gluon{shape.consumers}", sizes.head_dim, kind_of(mask))
     tiles = own_tiles(mask, ints, present, sizes, shape)
     walk, load = walk_of([rates.item + rates.tile * count for count in tiles], shape, sizes, gpu)
     return walk, rates.launch + load
@@ -232,14 +253,14 @@ def _own(
 
 def _cudnn(mask: Mask, ints: tuple[int, ...], sizes: Sizes, gpu: Gpu) -> float:
     """The heads of a request one after another, the first queries first."""
-    rates = rates_of("cudnn", sizes.head_dim, False)
+    rates = rates_of("cudnn", sizes.head_dim, kind_of(mask))
     tiles = key_tiles(mask, ints, sizes, *OTHERS["cudnn"], from_end=False)
     return rates.launch + listed([rates.item + rates.tile * count for count in tiles], sizes.all_heads, gpu)
 
 
 def _triton(mask: Mask, ints: tuple[int, ...], sizes: Sizes, gpu: Gpu) -> float:
     """The query heads of a KV head are packed: a row tile has fewer queries."""
-    rates = rates_of("triton", sizes.head_dim, is_window(mask))
+    rates = rates_of("triton", sizes.head_dim, kind_of(mask))
     rows, keys = OTHERS["triton"]
     queries = max(1, rows // (sizes.heads // sizes.kv_heads))
     tiles = key_tiles(mask, ints, sizes, queries, keys, from_end=False)[::-1]
