@@ -112,7 +112,7 @@ def draw_sweep(document: Document, cases: Sequence[Any]) -> str:
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_title(mask, loc="left", fontsize=9, color=INK)
         dots = {f"D {dims}": (colour, colour) for dims, colour in DIMS.items()}
-        dots |= {"Hopper kernel": (INK, INK), "portable kernel": (INK, "none")}
+        dots |= {"Hopper kernel": (INK, INK), "cuDNN or Triton": (INK, "none")}
         handles = [
             Line2D([], [], ls="", marker="o", markersize=4, markeredgecolor=edge, markerfacecolor=face, label=label)
             for label, (edge, face) in dots.items()
