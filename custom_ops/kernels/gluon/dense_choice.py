@@ -76,7 +76,6 @@ RATES: dict[tuple[str, int, str], Rates] = {
     ("gluon2", 128, "window"): Rates(8.30, 2.60, 1.520),
     ("gluon2", 192, "causal"): Rates(8.76, 3.60, 1.867),
     ("gluon2", 192, "full"): Rates(5.88, 4.79, 1.841),
-    ("gluon2", 192, "window"): Rates(9.00, 3.00, 1.100),
     ("gluon2", 256, "causal"): Rates(5.03, 3.72, 1.420),
     ("gluon2", 256, "full"): Rates(5.99, 3.56, 1.500),
     ("gluon2", 256, "window"): Rates(4.32, 4.34, 1.382),
