@@ -194,6 +194,12 @@ def test_head_dims_are_one_power_of_two_or_two(dims: tuple[int, int], parts: tup
     assert shape.low_dim + shape.high_dim >= dims[0] and shape.value_low_dim + shape.value_high_dim >= dims[1]
 
 
+def test_consumers_take_turns_only_with_overlap() -> None:
+    shape = dense_shape(FORMS["full_self"].mask.specialise([]), (False,) * 5, 1, 1, 128, 128, False)
+    with pytest.raises(ValueError, match="turns: expected overlap"):
+        dataclasses.replace(shape, turns=True, overlap=False)
+
+
 def test_a_mask_with_a_hole_takes_its_predicate() -> None:
     hole = Mask("hole", (k < 4) | ((k > q - 4) & (k <= q)))
     shape = dense_shape(hole, (False,) * 5, 1, 1, 128, 128, False)

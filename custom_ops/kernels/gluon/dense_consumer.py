@@ -413,7 +413,7 @@ def dense_consumer(
         walk = walk_of(sizes)
         batch, head, first = walk.item(walk.number(turn), S)
         first += CONSUMER * 64
-        # Outputs leave through this consumer's own part of the at, or of shared memory.
+        # Outputs leave through this consumer's own part of the queries, or of shared memory.
         at = (turn % S.query_stages * S.consumers + CONSUMER) * (S.low_columns // S.value_columns)
         if S.own_outputs:
             at = CONSUMER

@@ -75,6 +75,10 @@ class DenseShape:
     consumer_registers: int
     producer_registers: int
 
+    def __post_init__(self) -> None:
+        if self.turns and not self.overlap:
+            raise ValueError("DenseShape: turns: expected overlap with it, got none; consumers would wait for ever")
+
     @property
     def low_columns(self) -> int:
         """Parts of 64 columns in the first part of q and k: tiles are powers of two."""
