@@ -89,7 +89,7 @@ def _panel(ax: Any, slots: int, memory_bound: bool, case: dict[str, Any], rows: 
 def draw_sweep(document: Document, cases: Sequence[Any]) -> str:
     """SVG text: a panel a mask, a dot a point; the better peer's time over ours against the work of the call.
 
-    A filled dot is the Hopper kernel, a ring the portable one. The lower line is what every point has to reach.
+    A filled dot is the Hopper kernel, a ring cuDNN or the Triton one. The lower line is what every point has to reach.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 6), layout="constrained", facecolor="white")

@@ -52,7 +52,7 @@ def forward(
     tensors = [query, key, value, out, lse, *[lse if t is None else t for t in operands]]
     addresses = [t.data_ptr() for t in tensors]
     launch = _launch_of(
-        mask, shape, query.get_device(), query.dtype, out.dtype, query.shape, query.stride(), key.shape, key.stride(),
+        mask, shape, query.get_device(), query.dtype, query.shape, query.stride(), key.shape, key.stride(),
         value.shape, value.stride(), out.shape, out.stride(), tuple([None if t is None else t.dtype for t in operands]),
         tuple([address % ALIGNMENT == 0 for address in addresses]), slots.ints, softcap != 0.0,
     )  # fmt: skip
@@ -105,7 +105,6 @@ def _launch_of(
     shape: DenseShape | None,
     device: int,
     dtype: torch.dtype,
-    out_dtype: torch.dtype,
     query_sizes: tuple[int, ...],
     query_strides: tuple[int, ...],
     key_sizes: tuple[int, ...],
