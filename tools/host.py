@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import shlex
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def command_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     for name, value in vars(options).items():
         if name not in ("output", "commit") and value != parser.get_default(name):
             text = "x".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{name.replace('_', '-')} {text}")
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(text))}")
     return " ".join([parser.prog, *words])
 
 

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import gc
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from tools import trial
 from tools.bench import BAD_ARGUMENTS, DEVICE_LOST, NO_CUDA, SCHEMA, limited, write
 from tools.bench_paged import graphed
 from tools.cases import Case
-from tools.host import host_facts
+from tools.host import command_of, host_facts
 from tools.measure import Exact, Timer, cuda_timer, exact_attention
 from tools.report import load
 from tools.report_sweep import choices, line, summary
@@ -230,11 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return NO_CUDA
-    return _measure(options, cases, names, extra, lambda: time.perf_counter() - begin)
+    return _measure(options, command_of(parser, options), cases, names, extra, lambda: time.perf_counter() - begin)
 
 
 def _measure(
     options: argparse.Namespace,
+    command: str,
     cases: Sequence[Case],
     names: Sequence[str],
     extra: Sequence[Tiling],
@@ -257,7 +257,7 @@ def _measure(
         fatal = {key: lost[job] for key, job in jobs.items() if job in lost}
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "host": host_facts(_command(options), options.commit),
+        "host": host_facts(command, options.commit),
         "settings": dataclasses.asdict(settings),
         "points": len(cases),
         "complete": False,
@@ -292,16 +292,6 @@ def _measure(
     say("\n".join(["", summary(document), "", choices(document)]))
     say(f"{options.output}: {len(document['cases'])} of {len(cases)} points in {clock():.0f} s")
     return DEVICE_LOST if "stopped" in document else 0
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command to repeat, without where it writes."""
-    words = []
-    for name in ("limit_s", "only", "entries", "variants", "rounds", "rep_ms", "seed"):
-        value = getattr(options, name)
-        if value is not None and not (name == "entries" and value == ",".join(ENTRIES)):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(["python", "-m", "tools.sweep", *words])
 
 
 if __name__ == "__main__":
