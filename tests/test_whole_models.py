@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools import report_models
 
@@ -29,7 +30,12 @@ def document(**changes: Any) -> dict[str, Any]:
 def test_the_report_says_what_the_data_says() -> None:
     text = report_models.block(document(), None)
     assert "| decode, static cache, CUDA graph: 64 x 4,096 | 8.0 (1.50x, 1.25x) | 8.0 | WRONG |\n" in text
-    assert "Medians of 5 interleaved rounds. a GPU, torch 2.11" in text
+    assert "Medians of 5 interleaved rounds. a GPU, torch 2.11" in text and "stopped" not in text
+
+
+def test_the_report_says_that_a_run_was_stopped() -> None:
+    assert "\nThe run was stopped before its last case.\n" in report_models.block(document(complete=False), None)
+    assert "stopped" not in report_models.block(document(complete=True), None)
 
 
 def test_a_tiny_model_is_measured_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +47,7 @@ def test_a_tiny_model_is_measured_without_a_gpu(tmp_path: Path, capsys: pytest.C
     chosen = ["--cases", "prefill-causal,decode", "--variants", "ours,sdpa", "--output", str(output)]
     assert whole_models.main([*command, *chosen]) == 0, capsys.readouterr().out
     written = json.loads(output.read_text())
+    assert written["complete"] is True
     cases = {case["name"]: case for case in written["cases"]}
     assert list(cases) == ["prefill-causal", "decode"]
     for case in cases.values():
@@ -59,6 +66,50 @@ def test_a_wrong_variant_has_no_time(capsys: pytest.CaptureFixture[str], monkeyp
     assert whole_models.main([*command, "--cases", "prefill-causal", "--variants", "ours"]) == 1
     printed = capsys.readouterr().out
     assert "ours        WRONG: error" in printed and "tokens/s" not in printed
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_that_is_stopped_keeps_the_cases_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
+    from tools import whole_models
+
+    output = tmp_path / "new" / "models.json"
+    measured: list[str] = []
+
+    def measure(whole: Any, case: str, *rest: Any) -> dict[str, Any]:
+        if len(measured) == 2:
+            raise Stopped
+        measured.append(case)
+        return {**document()["cases"][0], "name": case, "eager_error": 0.0, "rows": []}
+
+    monkeypatch.setattr(whole_models, "measure", measure)
+    command = ["--device", "cpu", "--size", "tiny", "--layers", "1", "--output", str(output)]
+    with pytest.raises(Stopped):
+        whole_models.main(command)
+    written = json.loads(output.read_text())
+    assert [case["name"] for case in written["cases"]] == measured == ["prefill", "prefill-causal"]
+    assert written["complete"] is False
+    measured.clear()
+    assert whole_models.main([*command, "--cases", "decode"]) == 0
+    written = json.loads(output.read_text())
+    assert [case["name"] for case in written["cases"]] == ["decode"] and written["complete"], "replaced, not added to"
+
+
+def test_logits_that_are_not_finite_are_written_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the extra 'transformers' is not installed")
+    from tools import whole_models
+
+    run = whole_models.Run(lambda: torch.full((2, 256), torch.nan), lambda: None)
+    monkeypatch.setattr(whole_models.WholeModel, "runner", lambda self, case, variant: run)
+    output = tmp_path / "models.json"
+    command = ["--device", "cpu", "--size", "tiny", "--layers", "1", "--rounds", "1", "--repeats", "1"]
+    command += ["--cases", "prefill", "--variants", "ours", "--output", str(output)]
+    assert whole_models.main(command) == 1
+    (row,) = json.loads(output.read_text())["cases"][0]["rows"]
+    assert (row["status"], row["error"]) == ("wrong", None)
 
 
 @pytest.mark.parametrize(

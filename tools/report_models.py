@@ -41,12 +41,10 @@ def block(document: Document, plot: str | None) -> str:
         "",
         f"Medians of {document['rounds']} interleaved rounds. {host['gpu']}, torch {host['torch']}, {host['date']}, "
         f"commit {host['git_commit'][:12]}.",
-        "",
-        "```",
-        host["command"],
-        "```",
     ]
-    return "\n".join(lines)
+    if not document.get("complete", True):  # files without the key were written at the end
+        lines.append("The run was stopped before its last case.")
+    return "\n".join([*lines, "", "```", host["command"], "```"])
 
 
 def _cell(row: Document | None) -> str:

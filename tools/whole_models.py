@@ -15,14 +15,15 @@ Transformers makes ahead of the graph, where it sees that there is no padding (S
 token for each request over a full static cache, as a CUDA graph. Transformers cannot make Flex's masks inside a graph:
 they are made before it, once for a prefill and not timed, and anew for every step, as `generate` does. Logits of the
 first requests are held against the eager model in fp32: a variant with more than twice the error of eager bf16 is
-reported as wrong, without a time. Ends with status 1 where one was wrong or failed.
+reported as wrong, without a time. Ends with status 1 where one was wrong or failed. The file is written after every
+case: a run that is stopped keeps those before.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import statistics
 import sys
 import time
@@ -41,6 +42,7 @@ from transformers.masking_utils import create_causal_mask
 import lowered_attn.integrations.transformers  # noqa: F401  (registers "lowered_attn")
 from inductor_passes import decisions
 from lowered_attn.compile import backend as OURS
+from tools.bench import write
 from tools.host import command_of, host_facts
 from tools.serve.loop import synchronise
 
@@ -257,7 +259,8 @@ def measure(whole: WholeModel, case: str, variants: Sequence[str], rounds: int, 
         run = runs[variant]
         row: dict[str, Any] = {
             "variant": variant, "status": "wrong" if run.wrong else "ok", "reason": run.wrong,
-            "compile_s": run.compile_s, "error": run.error, "kernels": run.kernels,
+            "compile_s": run.compile_s, "error": run.error if math.isfinite(run.error) else None,
+            "kernels": run.kernels,
         }  # fmt: skip
         if variant in timed:
             ms = statistics.median(run.rounds_ms)
@@ -328,18 +331,19 @@ def main(argv: list[str] | None = None) -> int:
     facts = host_facts(command, a.commit) if device.type == "cuda" else {"device": "cpu", "torch": torch.__version__}
     facts["transformers"] = transformers.__version__
     whole = WholeModel(shape, device, dtype)
-    found = []
+    found: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
+        "schema": SCHEMA, "host": facts, "size": a.size, "layers": a.layers, "dtype": str(dtype),
+        "rounds": a.rounds, "repeats": a.repeats, "complete": False, "cases": found,
+    }  # fmt: skip
     for case in cases:
         print(f"{case}", flush=True)
         found.append(measure(whole, case, variants, a.rounds, a.repeats))
+        document["complete"] = len(found) == len(cases)
+        if a.output:
+            write(a.output, document)
         show(found[-1])
     if a.output:
-        document = {
-            "schema": SCHEMA, "host": facts, "size": a.size, "layers": a.layers, "dtype": str(dtype),
-            "rounds": a.rounds, "repeats": a.repeats, "cases": found,
-        }  # fmt: skip
-        a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         print(f"\nWritten to {a.output}.")
     return 1 if any(row["status"] != "ok" for case in found for row in case["rows"]) else 0
 
