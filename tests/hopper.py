@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from custom_ops.kernels.gluon import dense_choice
-from custom_ops.kernels.gluon.dense_choice import Choice
+from custom_ops.kernels.gluon.dense_choice import Choice, Plan
 
 
 @contextlib.contextmanager
@@ -25,15 +25,20 @@ def chosen(kernel: str | None, consumers: int | None = None) -> Iterator[None]:
         taken = kernel or found.kernel
         if kernel == "cudnn" and kernel not in dict(found.times):
             taken = "gluon"
-        return dataclasses.replace(found, kernel=taken, consumers=consumers or found.consumers)  # type: ignore[arg-type]
+        return dataclasses.replace(found, kernel=taken)  # type: ignore[arg-type]
+
+    def best_plan(*arguments: Any) -> Plan:
+        found = dense_choice.best_plan(*arguments)
+        return found._replace(consumers=consumers or found.consumers)
 
     def forget() -> None:
         launch._decision.cache_clear()
         dense_launch._launch_of.cache_clear()
 
     with contextlib.ExitStack() as stack:
-        for module in (launch, dense_launch, hopper):
+        for module in (launch, hopper):
             stack.enter_context(mock.patch.object(module, "choose", choose))
+        stack.enter_context(mock.patch.object(dense_launch, "best_plan", best_plan))
         stack.callback(forget)
         forget()
         yield

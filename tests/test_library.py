@@ -15,7 +15,7 @@ import lowered_attn  # noqa: F401
 from custom_ops.forms import FORMS
 from custom_ops.kernels.gluon import dense_choice
 from custom_ops.kernels.gluon.dense_cost import Rates
-from inductor_passes import LIBRARY_OPTION, decisions, hopper
+from inductor_passes import LIBRARY_OPTION, decisions
 from lowered_attn.compile import backend
 from tests.hopper import chosen
 
@@ -136,14 +136,14 @@ def test_the_compiler_chooses_as_eager_calls_do(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: launch.LEAST_CUDNN)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
     heads, dims = (8, 2, 2), (64, 64, 64)
-    with mock.patch.object(launch, "choose", dense_choice.choose.__wrapped__), pretend_gpu("sm_90") as gpu:
+    monkeypatch.setattr(dense_choice, "best_plan", dense_choice.best_plan.__wrapped__)
+    with pretend_gpu("sm_90") as gpu:
         launch._decision.cache_clear()
         with gpu.fake_tensors():
             query, key, value = empty_heads(batch, length, heads, dims, torch.bfloat16)
             slots = FORMS[form].slots({o.name: ints[0] if o.kind == "int" else None for o in FORMS[form].operands})
             eager, why = launch.kernel_for(FORMS[form], query, key, value, slots)
         launch._decision.cache_clear()
-    monkeypatch.setattr(hopper, "choose", dense_choice.choose.__wrapped__)
     (decision,) = [
         d
         for d in compiled(lambda q, k, v: FORMS[form].op(q, k, v, *ints)[0], length, 64, batch=batch, heads=heads)[1]
@@ -152,6 +152,27 @@ def test_the_compiler_chooses_as_eager_calls_do(name: str, monkeypatch: pytest.M
     assert eager == TAKERS.get(name, eager), why
     assert decision.facts["kernel"] == {"gluon": "gluon_dense", "triton": "triton_grouped", "cudnn": "cudnn"}[eager]
     assert decision.facts["against_hopper"] == ([] if eager == "gluon" else [why]) and why in decision.detail
+
+
+def test_an_eager_call_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who takes it and for its launch."""
+    pytest.importorskip("triton.experimental.gluon", reason="the kernel is written in Gluon")
+    from custom_ops.kernels import launch
+    from custom_ops.kernels.gluon import dense_launch
+
+    form = FORMS["full_self"]
+    slots = form.slots(dict.fromkeys(form.operand_names))
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda self: 0)
+    launched = mock.create_autospec(dense_launch._Launch.__call__)
+    monkeypatch.setattr(dense_launch._Launch, "__call__", launched)
+    planned = mock.create_autospec(dense_choice.plan, side_effect=dense_choice.plan)
+    monkeypatch.setattr(dense_choice, "plan", planned)
+    dense_choice.best_plan.cache_clear()
+    with pretend_gpu("sm_90") as gpu, gpu.fake_tensors():
+        query, key, value = empty_heads(4, 4096, (32, 8, 8), (128, 128, 128), torch.bfloat16)
+        launch.forward(form, query, key, value, slots, scale=0.1)
+    assert launched.call_count == 1
+    assert sorted(call.args[4].consumers for call in planned.call_args_list) == [2, 3], "each tiling that there is"
 
 
 def test_lse_is_asked_for_where_it_is_read() -> None:

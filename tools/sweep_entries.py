@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from custom_ops.form import default_scale, empty_outputs
-from custom_ops.kernels.gluon.dense_choice import choose
+from custom_ops.kernels.gluon.dense_choice import best_plan
 from custom_ops.kernels.gluon.dense_cost import Sizes
 from custom_ops.kernels.gluon.dense_shape import DenseShape, dense_shape
 from custom_ops.kernels.specialise import architecture, kernel_operands
@@ -60,7 +60,7 @@ def shipped_shape(problem: Problem, consumers: int | None = None) -> DenseShape:
     sizes = Sizes.of(problem.query.shape, problem.key.shape, problem.value.shape)
     group, sharing = sizes.heads // sizes.kv_heads, sizes.kv_heads // sizes.value_heads
     if consumers is None:
-        consumers = choose(mask, slots.ints, present, sizes, cudnn=False, triton=False).consumers  # type: ignore[arg-type]
+        consumers = best_plan(mask, slots.ints, present, sizes).consumers  # type: ignore[arg-type]
     return dense_shape(mask, present, group, sharing, sizes.head_dim, sizes.value_dim, False, consumers)  # type: ignore[arg-type]
 
 
@@ -240,7 +240,7 @@ def _consumers_of(case: Case) -> int:
         case.value_dim,
     )  # fmt: skip
     ints = () if case.window is None else (case.window,)
-    return choose(case.form.mask.specialise([]), ints, (False,) * 5, sizes, cudnn=False, triton=False).consumers
+    return best_plan(case.form.mask.specialise([]), ints, (False,) * 5, sizes).consumers
 
 
 def jobs_of(

@@ -228,9 +228,12 @@ def cudnn_call_reasons(
 
     ``layouts``: sizes and strides of q, k and v. ``version``: cuDNN's, as torch tells it, 0 without.
     """
-    # Its output has q's order of dimensions, and ours is token-major.
+    # Its output has q's order of dimensions, and ours is token-major. Of one head the stride is either order's.
     token_major = all(
-        size[2] > 1 and strides[2] >= size[1] * strides[1] and strides[1] >= size[3] and strides[0] >= strides[2]
+        size[2] > 1
+        and strides[2] >= (size[1] - 1) * strides[1] + size[3]
+        and strides[1] >= size[3]
+        and strides[0] >= strides[2]
         for size, strides in layouts
     )
     checks = (
@@ -251,8 +254,11 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: b
     )
     batch, heads, query_len, value_dim = out.shape
     row = heads * value_dim
-    if out.stride() != (query_len * row, value_dim, row, 1):  # the op's fake implementation promises these
-        out = empty_outputs(query, value)[0].copy_(out)
+    promised = (query_len * row, value_dim, row, 1)  # by the op's fake implementation
+    if out.stride() != promised:
+        # Dimensions of one have q's strides, which say nothing of where elements are.
+        same = out.transpose(1, 2).is_contiguous()
+        out = out.as_strided(out.shape, promised) if same else empty_outputs(query, value)[0].copy_(out)
     return out, lse.view(batch, heads, query_len)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
 from custom_ops.form import empty_outputs
+from custom_ops.kernels.gluon.dense_choice import Plan
 from custom_ops.kernels.gluon.dense_cost import Walk
 from tests.helpers import (
     Call,
@@ -31,6 +33,7 @@ CASES = [
         ((8, 2), (128, 128), torch.bfloat16, 128),
         ((4, 4), (64, 64), torch.float16, 512),
         ((8, 1), (96, 96), torch.bfloat16, 256),
+        ((1, 1), (128, 128), torch.bfloat16, 256),
         ((4, 4), (192, 128), torch.bfloat16, 384),
         ((4, 2), (256, 256), torch.bfloat16, 512),
     )
@@ -114,21 +117,13 @@ def test_small_calls_take_what_was_measured_faster() -> None:
 @pytest.mark.parametrize("consumers", (2, 3))
 @pytest.mark.parametrize("group_heads", (1, 2, 3, 7, 16))
 @pytest.mark.parametrize("snake", (0, 1))
-def test_every_walk_gives_the_same(
-    consumers: int, group_heads: int, snake: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_walk_gives_the_same(consumers: int, group_heads: int, snake: int) -> None:
     from custom_ops.kernels.gluon import dense_launch
 
     call = on_gpu(dataclasses.replace(BASE, heads=(8, 8), lengths=(2500, 2500)))
     with chosen("gluon", consumers):
         expected = run(call.form.op, call)
-    choose = dense_launch.choose
-    with chosen("gluon", consumers):
-        monkeypatch.setattr(
-            dense_launch, "choose",
-            lambda *given, **keywords: dataclasses.replace(
-                choose(*given, **keywords), consumers=consumers, walk=Walk(group_heads, snake)
-            ),
-        )  # fmt: skip
+    plan = Plan(0.0, consumers, Walk(group_heads, snake))
+    with chosen("gluon"), mock.patch.object(dense_launch, "best_plan", return_value=plan):
         found = run(call.form.op, call)
     assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)

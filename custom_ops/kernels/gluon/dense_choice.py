@@ -105,15 +105,22 @@ RATES: dict[tuple[str, int, str], Rates] = {
 }  # fmt: skip
 
 
+class Plan(NamedTuple):
+    """What the Hopper kernel is fastest with for a call."""
+
+    time: float
+    """Predicted microseconds."""
+    consumers: int
+    """For ``dense_shape``."""
+    walk: Walk
+    """The order of items."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Who takes a call, and why."""
 
     kernel: Kernel
-    consumers: int
-    """Of the Hopper kernel, for ``dense_shape``,"""
-    walk: Walk
-    """and its order of items: where it does not take the call, those that it would be fastest with."""
     times: tuple[tuple[Kernel, float], ...]
     """Predicted microseconds by kernel, ``gluon`` first; others only where they could take the call."""
 
@@ -126,7 +133,6 @@ class Choice:
         return f"predicted: {', '.join(f'{kernel} {time:.3g} us' for kernel, time in ordered)}"
 
 
-@functools.lru_cache(4096)
 def choose(
     mask: Mask,
     ints: tuple[int, ...],
@@ -136,21 +142,20 @@ def choose(
     has_softcap: bool = False,
     gpu: Gpu = H200,
     cudnn: bool = True,
-    triton: bool = True,
 ) -> Choice:
     """The fastest kernel for a call that ``dense_reasons`` finds nothing against, by prediction.
 
-    ``mask`` is the form's for its operands, ``ints`` the values of its int operands. ``cudnn`` and ``triton``: whether
-    the caller can take these instead, as far as it is not a matter of the mask and the sizes, which is asked here.
+    ``mask`` is the form's for its operands, ``ints`` the values of its int operands. ``cudnn``: whether the caller can
+    take that instead, as far as it is not a matter of the mask and the sizes, which is asked here.
     """
-    consumers, walk, own = _own(mask, ints, present, sizes, has_softcap, gpu)
+    own = best_plan(mask, ints, present, sizes, has_softcap, gpu).time
     times: dict[Kernel, float] = {"gluon": own}
-    if triton and is_plain(mask, present, has_softcap) and has_few_items(sizes, gpu):
+    if is_plain(mask, present, has_softcap) and has_few_items(sizes, gpu):
         times["triton"] = _triton(mask, ints, sizes, gpu)
     if cudnn and not cudnn_reasons(mask, present, sizes, has_softcap):
         times["cudnn"] = _cudnn(mask, ints, sizes, gpu)
     worth = {name: time for name, time in times.items() if time <= own * (1 - LEAST_GAIN.get(name, 0.0))}
-    return Choice(min(worth, key=worth.__getitem__), consumers, walk, tuple(times.items()))
+    return Choice(min(worth, key=worth.__getitem__), tuple(times.items()))
 
 
 def is_plain(mask: Mask, present: Present, has_softcap: bool) -> bool:
@@ -238,16 +243,16 @@ def plan(
     return walk, rates.launch + load
 
 
-def _own(
-    mask: Mask, ints: tuple[int, ...], present: Present, sizes: Sizes, has_softcap: bool, gpu: Gpu
-) -> tuple[int, Walk, float]:
-    """Consumers, walk and time of the fastest Hopper kernel for a call."""
+@functools.lru_cache(4096)
+def best_plan(
+    mask: Mask, ints: tuple[int, ...], present: Present, sizes: Sizes, has_softcap: bool = False, gpu: Gpu = H200
+) -> Plan:
+    """The fastest Hopper kernel for a call. Kept: who takes a call asks for its time, and then who launches it."""
     found = []
     for shape in shapes_of(mask, present, sizes, has_softcap):
         walk, time = plan(mask, ints, present, sizes, shape, gpu)
-        found.append((time, shape.consumers, walk))
-    time, consumers, walk = min(found)
-    return consumers, walk, time
+        found.append(Plan(time, shape.consumers, walk))
+    return min(found)
 
 
 def _cudnn(mask: Mask, ints: tuple[int, ...], sizes: Sizes, gpu: Gpu) -> float:

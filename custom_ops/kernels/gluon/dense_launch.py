@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from custom_ops.form import Slots
 from custom_ops.kernels.gluon.dense_attention import dense_attention_kernel
-from custom_ops.kernels.gluon.dense_choice import Present, choose, plan
+from custom_ops.kernels.gluon.dense_choice import Present, best_plan, plan
 from custom_ops.kernels.gluon.dense_cost import Sizes, Walk
 from custom_ops.kernels.gluon.dense_shape import BOX_COLUMNS, CONSUMER_ROWS, DenseShape, dense_shape
 from custom_ops.kernels.gluon.kept_launch import KeptLaunch
@@ -125,14 +125,12 @@ def _launch_of(
     sizes = Sizes.of(query_sizes, key_sizes, value_sizes)
     present: Present = tuple(operand is not None for operand in operands)  # type: ignore[assignment]
     if shape is None:
-        chosen = choose(
-            mask, ints, present, sizes, has_softcap=has_softcap, gpu=gpu_of(device), cudnn=False, triton=False
-        )
+        best = best_plan(mask, ints, present, sizes, has_softcap, gpu_of(device))
         group, sharing = sizes.heads // sizes.kv_heads, sizes.kv_heads // sizes.value_heads
         shape = dense_shape(
-            mask, present, group, sharing, sizes.head_dim, sizes.value_dim, has_softcap, chosen.consumers
+            mask, present, group, sharing, sizes.head_dim, sizes.value_dim, has_softcap, best.consumers
         )
-        walk = chosen.walk
+        walk = best.walk
     else:
         walk, _ = plan(mask, ints, present, sizes, shape, gpu_of(device))
     return _Launch(mask, shape, walk, device, sizes, ints)
