@@ -94,8 +94,9 @@ def walked(batch: int, heads: int, query_len: int, block_m: int, walk: Walk, pro
     """The items of every program: ``(batch, head, first query)``."""
     row_tiles = -(-query_len // block_m)
     device = Device(
-        items=row_tiles * batch * heads, row_tiles=row_tiles, group_heads=walk.group_heads, all_heads=batch * heads,
-        heads=heads, query_len=query_len, snake=walk.snake, programs=programs,
+        items=row_tiles * batch * heads, row_tiles=row_tiles, groups=-(-batch * heads // walk.group_heads),
+        group_heads=walk.group_heads, all_heads=batch * heads, heads=heads, query_len=query_len,
+        snake=walk.snake, programs=programs,
     )  # fmt: skip
     return [device.items_of_program(program, mock.Mock(block_m=block_m)) for program in range(programs)]
 
@@ -205,8 +206,8 @@ def test_a_list_gives_the_next_item_to_the_first_free_program() -> None:
 def test_rates_are_there_for_every_kernel_and_head_dim() -> None:
     for kernel in ("gluon2", "gluon3", "cudnn", "triton"):
         for dim in (64, 72, 96, 104, 128, 136, 192, 200, 256):
-            for window in (False, True):
-                rates = rates_of(kernel, dim, window)
+            for kind in ("causal", "full", "window"):
+                rates = rates_of(kernel, dim, kind)
                 assert 0 <= rates.launch < 20 and 0 < rates.item < 20 and 0 < rates.tile < 4
     assert all(isinstance(rates, Rates) for rates in RATES.values())
 
@@ -225,9 +226,9 @@ def test_rates_are_there_for_every_kernel_and_head_dim() -> None:
         (CAUSAL, (), sizes(4096, 4, 32, 8), "gluon", 3),
         (FULL, (), sizes(4096, 4, 32, 8), "gluon", 3),
         (CAUSAL, (), sizes(16384, 1, 32, 32, (64, 64)), "gluon", 3),
+        (SLIDING, (1024,), sizes(16384, 1, 32, 8), "gluon", 3),
         # There is but one tiling.
         (CAUSAL, (), sizes(16384, 1, 16, 4, (256, 256)), "gluon", 2),
-        (SLIDING, (1024,), sizes(16384, 1, 32, 8), "gluon", 2),
     ),
     ids=str,
 )  # fmt: skip

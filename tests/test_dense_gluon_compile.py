@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -149,6 +152,46 @@ def test_shipped_kernels_hardly_spill_and_run_wgmma_side_by_side(name: str) -> N
     roles = [shape.producer_registers, *[shape.consumer_registers] * (shape.consumers - 1)]
     assert all(24 <= count <= 256 and count % 8 == 0 for count in roles)
     assert a_thread * warpgroups - sum(roles) >= shape.consumer_registers
+
+
+def instructions(ptx: str, folder: Path) -> list[str]:
+    """What ptxas makes of PTX for sm_90a, one line an instruction."""
+    from triton import knobs
+
+    source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(ptx)
+    for command in (
+        [knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", str(source), "-o", str(binary)],
+        [knobs.nvidia.nvdisasm.path, "-c", str(binary)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "name, weights", (("causal-two", 64), ("sliding", 32), ("causal-d192-v128", 32), ("causal-d256", 32))
+)
+def test_products_with_v_run_beside_all_of_a_softmax(name: str, weights: int, tmp_path: Path) -> None:
+    found, shape = compiled(**SHIPPED[name])
+    assert shape.overlap and shape.late_wait and weights == shape.block_n // 2
+    # In loops, the wait for all but one product is for scores, the next for all is for outputs.
+    beside: int | None = None
+    counted: list[int] = []
+    for line in instructions(found.ptx, tmp_path):
+        if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", line):
+            beside = 0
+        elif re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line) and beside is not None:
+            counted.append(beside)
+            beside = None
+        elif "MUFU.EX2" in line and beside is not None:
+            beside += 1
+    assert len(counted) >= shape.consumers and min(counted) >= weights, counted
+
+
+def test_a_late_wait_needs_overlap() -> None:
+    shape = dense_shape(FORMS["full_self"].mask.specialise([]), (False,) * 5, 1, 1, 128, 128, False)
+    with pytest.raises(ValueError, match="late_wait: expected overlap"):
+        dataclasses.replace(shape, late_wait=True, overlap=False)
 
 
 TWO_OVERLAP: dict[str, Any] = {

@@ -120,6 +120,8 @@ TWO: dict[str, Any] = {
         ((96, 96), TWO | {"turns": True}),
         ((128, 128), TWO | {"turns": True}),
         ((128, 128), TWO | {"turns": True, "split": True}),
+        ((128, 128), TWO | {"late_wait": False, "lazy": True}),
+        ((128, 128), {"lazy": True}),
         ((192, 128), TWO | {"turns": True}),
         ((256, 256), {"turns": True}),
     ),
@@ -161,6 +163,34 @@ def test_gradients_follow_from_its_outputs(form: str) -> None:
     call = on_hopper(dataclasses.replace(BASE, form=form, lengths=(300, 300)))
     grads = cotangents(call)
     assert_as_exact_as_the_reference(run(call.form.op, call, grads), call, grads)
+
+
+@pytest.mark.parametrize("rise", (-6.0, 3.0, 7.0, 20.0))
+@pytest.mark.parametrize(
+    "form, dims, dtype",
+    (
+        ("full_self", (96, 96), torch.bfloat16),
+        ("bidirectional", (128, 128), torch.float16),
+        ("sliding_self", (128, 128), torch.bfloat16),
+        ("full_self", (192, 128), torch.bfloat16),
+        ("bidirectional", (256, 256), torch.float16),
+    ),
+    ids=str,
+)
+def test_maxima_that_rise_from_tile_to_tile(
+    form: str, dims: tuple[int, int], dtype: torch.dtype, rise: float
+) -> None:
+    """Outputs are scaled down only after a rise by more than 8: by less at every tile, by more, and never."""
+    call = on_hopper(dataclasses.replace(BASE, form=form, dims=dims, dtype=dtype))
+    query, key, _value = call.qkv
+    with torch.no_grad():
+        # The first keys come last. Base-2 logarithms, `rise` of them every 64 keys.
+        before = torch.arange(key.shape[2], 0, -1, device="cuda") / 64
+        query[..., 0] = 1.0
+        key[..., 0] = before * rise * math.log(2) * dims[0] ** 0.5
+    results = run(call.form.op, call)
+    assert_outputs_are_well_formed(results.out, results.lse, call)
+    assert_as_exact_as_the_reference(results, call)
 
 
 def test_a_scale_of_zero_averages_what_is_seen() -> None:

@@ -16,6 +16,9 @@ from custom_ops.kernels.gluon.results import NO_SCORE, Results, share
 from custom_ops.kernels.gluon.walk import keys_of_entry, rows_of_entry, schedule_of
 
 CLEARED_ROWS = gl.constexpr(shape.CLEARED_ROWS)
+RISE = gl.constexpr(8.0)
+"""What a row's maximum, a base-2 logarithm, may be short of. Weights of 256 are far from what fp16 holds, and have the
+same relative error as those of 1."""
 
 
 @aggregate
@@ -80,9 +83,16 @@ def capped(scores, tanh_scale, S: gl.constexpr):
 
 
 @gluon.jit
-def raised_maximum(scores, row_max, scale):
-    """The rows' greatest scaled scores so far, and the factor of what was summed before."""
-    highest = gl.maximum(row_max, gl.max(scores, 1) * scale)
+def raised_maximum(scores, row_max, scale, LAZY: gl.constexpr = False):
+    """The rows' greatest scaled scores so far, and the factor of what was summed before.
+
+    LAZY: greatest but for RISE, so that the factor is 1 for nearly every tile after the first; weights may be 2^RISE.
+    """
+    highest = gl.max(scores, 1) * scale
+    if LAZY:
+        highest = gl.where(highest > row_max + RISE, highest, row_max)
+    else:
+        highest = gl.maximum(row_max, highest)
     return highest, gl.exp2(row_max - highest)
 
 

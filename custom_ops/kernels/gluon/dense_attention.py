@@ -101,12 +101,12 @@ def part_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COL
 
 
 @gluon.jit(do_not_specialize=[
-    "items", "row_tiles", "group_heads", "all_heads", "heads", "query_len", "key_len", "snake",
+    "items", "row_tiles", "groups", "group_heads", "all_heads", "heads", "query_len", "key_len", "snake",
 ])  # fmt: skip
 def dense_attention_kernel(
     q_desc, k_desc, v_desc, out_desc, lse,
     q_start, query_values, request_values, key_values, key_padding, ints,
-    items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake, scale, tanh_scale,
+    items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake, scale, tanh_scale,
     S: gl.constexpr, VISIBLE: gl.constexpr, KEY_VISIBLE: gl.constexpr, BOUNDS: gl.constexpr,
     INTERVAL: gl.constexpr,
 ):  # fmt: skip
@@ -153,19 +153,21 @@ def dense_attention_kernel(
         gl.warp_specialize([
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake), (scale, tanh_scale),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
+                (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
                 S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 0)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake), (scale, tanh_scale),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
+                (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
                 S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 1)),
             (dense_producer, (
                 (q_desc, k_desc, v_desc), (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
                 (q_low, q_high, k_low, k_high, v_low, v_high),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty), S, BOUNDS)),
         ], [4, 1], [S.consumer_registers, S.producer_registers])  # fmt: skip
@@ -173,25 +175,28 @@ def dense_attention_kernel(
         gl.warp_specialize([
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake), (scale, tanh_scale),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
+                (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
                 S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 0)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake), (scale, tanh_scale),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
+                (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
                 S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 1)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake), (scale, tanh_scale),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
+                (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
                 S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 2)),
             (dense_producer, (
                 (q_desc, k_desc, v_desc), (q_start, query_values, request_values, key_values, key_padding), ints,
-                (items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake),
+                (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
                 (q_low, q_high, k_low, k_high, v_low, v_high),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty), S, BOUNDS)),
         ], [4, 4, 1], [S.consumer_registers, S.consumer_registers, S.producer_registers])  # fmt: skip

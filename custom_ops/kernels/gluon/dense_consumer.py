@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
+from custom_ops.kernels.gluon.assembly import computed, uniform
 from custom_ops.kernels.gluon.compat import async_store
 from custom_ops.kernels.gluon.consumer import capped, raised_maximum, thread_sums, weights
 from custom_ops.kernels.gluon.dense_products import (
@@ -47,14 +48,6 @@ class RowView:
         self.query_value = query_value
         self.request_value = request_value
         self.keys_before = keys_before
-
-
-@gluon.jit
-def uniform(x):
-    """``x``, an int32, in a uniform register: ptxas keeps minima and maxima in those that loops are short of."""
-    return gl.inline_asm_elementwise(
-        "redux.sync.min.s32 $0, $1, 0xffffffff;", "=r,r", [x], gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -160,11 +153,15 @@ def attend_tiles(
             scores, filled, full_begin, full_end, last_key, key_len, view, operands, ints,
             S, VISIBLE, KEY_VISIBLE, INTERVAL, TILES,
         )  # fmt: skip
-        row_max, kept = raised_maximum(scores, row_max, scale)
-        # Before the weights: from here on the factor would need two more registers.
-        acc, high = scaled_outputs(acc, high, kept, S)
+        row_max, kept = raised_maximum(scores, row_max, scale, S.lazy)
+        # Before the weights: from there on the factor needs two more registers. But a branch here would keep the
+        # exponentials of a row from running beside the maximum of the next.
+        if not S.lazy:
+            acc, high = scaled_outputs(acc, high, kept, S)
         p, sums = weights(scores, row_max, sums, kept, scale, S)
         p = gl.convert_layout(p.to(tiles[6].dtype), gl.DotOperandLayout(0, OUTPUTS, 2))
+        if S.lazy:
+            acc, high = scaled_outputs(acc, high, kept, S)
         stage = filled % S.value_stages
         mbarrier.wait(v_full.index(stage), (filled // S.value_stages) & 1)
         acc, high = start_outputs(p, acc, high, stage, tiles, True, S)
@@ -232,8 +229,10 @@ def overlap_tiles(
             scores, filled, full_begin, full_end, last_key, key_len, view, operands, ints,
             S, VISIBLE, KEY_VISIBLE, INTERVAL, TILES,
         )  # fmt: skip
-        row_max, kept = raised_maximum(scores, row_max, scale)
+        row_max, kept = raised_maximum(scores, row_max, scale, S.lazy)
         weight, sums = weights(scores, row_max, sums, kept, scale, S)
+        if S.late_wait:
+            sums = computed(sums)
         acc, high = finish_outputs(acc, high, S)
         mbarrier.arrive(v_empty.index(before), count=1)
         acc, high = scaled_outputs(acc, high, kept, S)
@@ -264,7 +263,7 @@ def attend_overlapped(
         scores, filled, full_begin, full_end, last_key, key_len, view, operands, ints,
         S, VISIBLE, KEY_VISIBLE, INTERVAL, PARTIAL,
     )  # fmt: skip
-    row_max, kept = raised_maximum(scores, row_max, scale)
+    row_max, kept = raised_maximum(scores, row_max, scale, S.lazy)
     p, sums = weights(scores, row_max, sums, kept, scale, S)
     p = gl.convert_layout(p.to(tiles[6].dtype), gl.DotOperandLayout(0, OUTPUTS, 2))
     filled += 1
@@ -409,10 +408,11 @@ def dense_consumer(
         acc = whole_outputs(acc, high, S)
         if S.own_outputs:
             mbarrier.arrive(q_empty.index(turn % S.query_stages), count=1)
-        turn = anew(turn)
-        walk = walk_of(sizes)
-        batch, head, first = walk.item(walk.number(turn), S)
-        first += CONSUMER * 64
+        if not S.keeps_item:
+            turn = anew(turn)
+            walk = walk_of(sizes)
+            batch, head, first = walk.item(walk.number(turn), S)
+            first += CONSUMER * 64
         # Outputs leave through this consumer's own part of the queries, or of shared memory.
         at = (turn % S.query_stages * S.consumers + CONSUMER) * (S.low_columns // S.value_columns)
         if S.own_outputs:

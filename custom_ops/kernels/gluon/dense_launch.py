@@ -83,8 +83,8 @@ class _Launch:
             (shape.block_n, shape.value_box, shape.value_box), (CONSUMER_ROWS, shape.value_dim, BOX_COLUMNS),
         )  # fmt: skip
         self._sizes = (
-            ints or (0,), items, row_tiles, walk.group_heads, sizes.all_heads, sizes.heads, sizes.query_len,
-            sizes.key_len, walk.snake,
+            ints or (0,), items, row_tiles, triton.cdiv(sizes.all_heads, walk.group_heads), walk.group_heads,
+            sizes.all_heads, sizes.heads, sizes.query_len, sizes.key_len, walk.snake,
         )  # fmt: skip
         self._constants = (shape, functions.visible, functions.key_visible, functions.bounds, functions.interval)
         self._kept = KeptLaunch(dense_attention_kernel, programs, device, num_warps=4)

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from custom_ops.kernels.gluon.assembly import scaled_if_any
 from custom_ops.kernels.gluon.dense_shape import DenseShape  # noqa: F401  the type of every S below
 
 
@@ -39,10 +40,19 @@ def no_outputs(S: gl.constexpr):
 
 @gluon.jit
 def scaled_outputs(low, high, factor, S: gl.constexpr):
-    low = low * gl.convert_layout(factor, gl.SliceLayout(1, low.type.layout))[:, None]
+    low = _scaled(low, factor, S)
     if S.value_high_dim > 0:
-        high = high * gl.convert_layout(factor, gl.SliceLayout(1, high.type.layout))[:, None]
+        high = _scaled(high, factor, S)
     return low, high
+
+
+@gluon.jit
+def _scaled(part, factor, S: gl.constexpr):
+    factors = gl.convert_layout(factor, gl.SliceLayout(1, part.type.layout))[:, None]
+    if S.lazy:
+        return scaled_if_any(part, factors)
+    else:
+        return part * factors
 
 
 @gluon.jit

@@ -72,12 +72,20 @@ class DenseShape:
     softcap: bool
     turns: bool
     """Consumers start the products that overlap a softmax in turn: one's softmax runs beside the other's products."""
+    late_wait: bool
+    """The product that a softmax overlaps is waited for after it. Otherwise ptxas decides: right after the scores."""
+    lazy: bool
+    """Outputs are scaled down only in tiles where the maximum of a warp's rows rises by much."""
+    keeps_item: bool
+    """Consumers keep which item it is for its outputs, instead of finding it again: three registers for divisions."""
     consumer_registers: int
     producer_registers: int
 
     def __post_init__(self) -> None:
         if self.turns and not self.overlap:
             raise ValueError("DenseShape: turns: expected overlap with it, got none; consumers would wait for ever")
+        if self.late_wait and not self.overlap:
+            raise ValueError("DenseShape: late_wait: expected overlap with it, got none; there is nothing to wait for")
 
     @property
     def low_columns(self) -> int:
@@ -206,12 +214,11 @@ def dense_shape(
     masked_first = mask.tile_bounds().lo_all != 0
     reads_keys = mask.per_key != sympy.true
     plain = exact and not (reads_keys or query_values or request_values or has_softcap)
-    columns = _columns(head_dim)
-    tiling = _tiling(columns, plain, masked_first, key_values, consumers != 2)
+    tiling = _tiling(head_dim, plain, masked_first, key_values, consumers != 2)
     return DenseShape(
         group=group,
         sharing=sharing,
-        columns=columns,
+        columns=_columns(head_dim),
         high_dim=_high_dim(head_dim),
         value_columns=_value_columns(value_dim),
         value_high_dim=_value_high_dim(value_dim),
@@ -224,48 +231,60 @@ def dense_shape(
         key_values=key_values,
         key_padding=key_padding,
         softcap=has_softcap,
-        **{"value_stages": tiling["stages"], "turns": False, **tiling},
+        **{
+            "value_stages": tiling["stages"], "split": False, "turns": False, "late_wait": False, "lazy": False,
+            "keeps_item": False, **tiling,
+        },  # fmt: skip
     )
 
 
-def _tiling(columns: int, plain: bool, masked_first: bool, key_values: bool, may_be_three: bool) -> dict[str, Any]:
+def _tiling(head_dim: int, plain: bool, masked_first: bool, key_values: bool, may_be_three: bool) -> dict[str, Any]:
     """What was fastest on an H200, in TFLOP/s (bf16), beside FlashAttention-3 and cuDNN in the same rounds.
 
     Two consumers that overlap their own products and softmax, or three that only overlap one another: these move a
-    third less of K and V, but have 160 registers a thread, too few for masks that keep more than positions.
+    third less of K and V, but have 160 registers a thread, too few for masks that keep more than positions, and for
+    an overlap of more than 64 keys a tile. Below, "early" is without ``late_wait``, "eager" without ``lazy``.
     """
-    two = {"consumers": 2, "overlap": True, "split": False, "consumer_registers": 240, "producer_registers": 24}
-    three = {"consumers": 3, "overlap": False, "split": False, "consumer_registers": 160, "producer_registers": 24}
+    columns = _columns(head_dim)
+    overlap = {"overlap": True, "late_wait": True, "lazy": True}
+    two = overlap | {"consumers": 2, "consumer_registers": 240, "producer_registers": 24}
+    three = {"consumers": 3, "overlap": False, "consumer_registers": 160, "producer_registers": 24}
     query_stages = 1 if columns > 2 else 2
     if key_values:
-        # Their values are registers too: not timed, sized to spill nothing.
+        # Their values are registers too. B2 H32/8 S4096 D128 documents: 425, early and eager 424.
         more = {"consumer_registers": 232, "producer_registers": 40, "query_stages": query_stages}
         return two | more | {"block_n": 32 if columns == 4 else 64, "stages": 3 if columns < 4 else 2}
     if columns == 4:
-        # B2 H16/4 S4096 D256: without overlap it takes 1.15 times as long.
+        # B2 H16/4 S4096 D256: 708, early 697, early and eager 686; 671 and 534. All keys seen: 715, 705, 705;
+        # 716.
         return two | {"block_n": 64, "stages": 2, "query_stages": query_stages}
     if columns == 3:
-        # B1 H32 S8192 D192/128: 661, split loops 608, without overlap 617; two consumers with 128 keys a tile and turns
-        # 654, without turns 619; 701 and 517. All keys seen: 678, two consumers 692; 699 and 572.
+        # B1 H32 S8192 D192/128: 701, early and eager 679, split loops 651, in turn 674; two consumers with 128 keys
+        # a tile and turns 658, without turns 650; 670 and 506.
         if plain and not may_be_three:
             return two | {"block_n": 128, "stages": 2, "query_stages": query_stages, "turns": True}
-        some = three | {"overlap": True} if plain else two
+        some = three | overlap if plain else two
         return some | {"block_n": 64, "stages": 3, "query_stages": query_stages}
     if columns == 1:
-        # B4 H32/32 S4096 D64: 450, one loop 441, overlap 430, 64 keys a tile 381 to 390; 398 and 418.
+        # B4 H32/32 S4096 D64: 453, lazy 454, one loop 446, with overlap 433, of 64 keys a tile 427, two consumers
+        # 407; 393 and 420. An item found again 451 instead of 452, all keys seen 483 instead of 490.
         if not may_be_three:
             return two | {"block_n": 128, "stages": 3, "query_stages": query_stages}
-        return three | {"split": plain and not masked_first, "block_n": 128, "stages": 3, "query_stages": query_stages}
+        three |= {"split": plain and not masked_first, "keeps_item": plain}
+        return three | {"block_n": 128, "stages": 3, "query_stages": query_stages}
+    if plain and masked_first and may_be_three:
+        # Window 1024, B1 H32/8 S16384: D128 550, two consumers with 128 keys a tile 505 to 527; 420. D96 460, 415; 387.
+        return three | overlap | {"block_n": 64, "stages": 3, "query_stages": query_stages}
     if not plain or not may_be_three:
-        turns = plain and not masked_first  # B4 H32/8 S4096 D128: 601, without 587
-        return two | {"block_n": 128, "stages": 2, "query_stages": query_stages, "turns": turns}
-    if masked_first:
-        # Window 1024, B1 H32/8 S16384 D128: 526, split loops 494, three consumers 500, 64 keys a tile 474; 432.
+        # B1 H16 S8192 D128, all keys seen: 667 to 674, in turn 652, split loops 618, three consumers 628; 640 and
+        # 610.
         return two | {"block_n": 128, "stages": 2, "query_stages": query_stages}
-    # B4 H32/8 S4096 D128: 650, one loop 615, two consumers 587; 593 and 529. B1 S16384: 679, two consumers 616; 661 and
-    # 544.
-    split = {"split": True, "producer_registers": 32}
-    return three | split | {"block_n": 128, "stages": 2, "query_stages": query_stages}
+    # B4 H32/8 S4096 D128: 649, lazy 641, with overlap of 64 keys a tile 633, two consumers 627; 580 and 520.
+    # B1 S16384: 676 to 694, lazy 664, two consumers 661; 656 and 550. D96 B2 S8192: 601, eager 568; 588 and 411.
+    return three | {
+        "split": True, "lazy": head_dim < 2 * BOX_COLUMNS, "producer_registers": 32,
+        "block_n": 128, "stages": 2, "query_stages": query_stages,
+    }  # fmt: skip
 
 
 def _columns(head_dim: int) -> int:

@@ -24,6 +24,8 @@ class Walk:
 
     items: gl.tensor
     row_tiles: gl.tensor
+    groups: gl.tensor
+    """Of heads. It follows from the sizes, but every role would divide for it at every item."""
     group_heads: gl.tensor
     """Query heads of a group,"""
     all_heads: gl.tensor
@@ -35,9 +37,10 @@ class Walk:
     snake: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, items, row_tiles, group_heads, all_heads, heads, query_len, key_len, snake):
+    def __init__(self, items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake):
         self.items = items
         self.row_tiles = row_tiles
+        self.groups = groups
         self.group_heads = group_heads
         self.all_heads = all_heads
         self.heads = heads
@@ -63,8 +66,7 @@ class Walk:
         heads_here = gl.minimum(self.all_heads - first_head, self.group_heads)
         tile = inside // heads_here
         head = first_head + inside - tile * heads_here
-        groups = (self.all_heads + self.group_heads - 1) // self.group_heads
-        if ((groups - group) & 1) != 0:
+        if ((self.groups - group) & 1) != 0:
             tile = self.row_tiles - 1 - tile
         batch = head // self.heads
         unused = (self.row_tiles * S.block_m - self.query_len) // 64 * 64
@@ -76,7 +78,7 @@ def walk_of(sizes):
     """The Walk of kernel arguments. Made again where needed: registers are what the loops over keys are short of."""
     return Walk(
         anew(sizes[0]), anew(sizes[1]), anew(sizes[2]), anew(sizes[3]), anew(sizes[4]), anew(sizes[5]), anew(sizes[6]),
-        anew(sizes[7]),
+        anew(sizes[7]), anew(sizes[8]),
     )  # fmt: skip
 
 
