@@ -157,11 +157,12 @@ def test_shipped_kernels_hardly_spill_and_run_wgmma_side_by_side(name: str) -> N
 def instructions(ptx: str, folder: Path) -> list[str]:
     """What ptxas makes of PTX for sm_90a, one line an instruction."""
     from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
     source.write_text(ptx)
     for command in (
-        [knobs.nvidia.ptxas.path, "--gpu-name=sm_90a", str(source), "-o", str(binary)],
+        [get_ptxas(90).path, "--gpu-name=sm_90a", str(source), "-o", str(binary)],
         [knobs.nvidia.nvdisasm.path, "-c", str(binary)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
