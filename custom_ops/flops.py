@@ -69,6 +69,7 @@ def register_grouped_when_counted(forms: dict[str, Form]) -> None:
             return backward_flops(forms[form], q, k[2], v[3], ints)
 
         counter.register_flop_formula(torch.ops.lowered_attn.grouped_attention)(grouped)
+        counter.register_flop_formula(torch.ops.lowered_attn.attention_with_epilogue)(grouped)
         counter.register_flop_formula(torch.ops.lowered_attn.attention_backward)(backward)
 
     _when_imported(register)

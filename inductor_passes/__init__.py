@@ -15,6 +15,7 @@ from inductor_passes import decisions
 __all__ = [
     "BLOCK_MASKS_OPTION",
     "CHOSEN",
+    "EPILOGUES_OPTION",
     "LIBRARY_OPTION",
     "QUERIES_OPTION",
     "RECOGNISE_OPTION",
@@ -36,6 +37,12 @@ LIBRARY_OPTION = "library_kernels"
 """An option of our own in ``torch.compile(..., options=)``, True by default.
 
 False leaves out kernels that Inductor cannot fuse into: a library's, and the Hopper ones of forms and paged attention.
+"""
+EPILOGUES_OPTION = "hopper_epilogues"
+"""An option of our own in ``torch.compile(..., options=)``, True by default.
+
+True computes what follows attention elementwise, such as a sigmoid gate or a residual, in the forms' Hopper kernel;
+False leaves it to a kernel of Inductor's.
 """
 QUERIES_OPTION = "compute_queries"
 """An option of our own in ``torch.compile(..., options=)``, False by default.

@@ -10,6 +10,7 @@ import torch
 from custom_ops.forms import FORMS
 from inductor_passes import (
     BLOCK_MASKS_OPTION,
+    EPILOGUES_OPTION,
     LIBRARY_OPTION,
     QUERIES_OPTION,
     RECOGNISE_OPTION,
@@ -18,6 +19,7 @@ from inductor_passes import (
     store,
 )
 from inductor_passes import lowering as _lowering  # noqa: F401  (registers the lowering of the grouped op)
+from inductor_passes.fuse_epilogue import FuseEpilogue
 from inductor_passes.fusions import ReportFusions
 from inductor_passes.graph_pass import Chain, GraphPass
 from inductor_passes.group import GroupForms
@@ -85,7 +87,8 @@ def with_passes(gm: torch.fx.GraphModule, options: Mapping[str, Any], last: Sequ
     if serving:
         store.check_caches(gm)
         patches = {**compat.serving_options(), **patches}
-    prefer: list[GraphPass] = [PreferLibrary()]
+    fuse = [FuseEpilogue()] if patches.pop(EPILOGUES_OPTION, True) else []
+    prefer: list[GraphPass] = [PreferLibrary(), *fuse]
     if not patches.pop(LIBRARY_OPTION, True):
         prefer = [KeepTemplate(), PreferPortable()]
     group = GroupForms(reports=not recognise)

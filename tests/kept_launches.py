@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_ops.epilogue import parse
 from custom_ops.form import empty_outputs
 from custom_ops.forms import FORMS
 from custom_ops.kernels.gluon import compat, dense_launch, kept_launch
@@ -29,7 +30,9 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "window": ("sliding_self", {"window": 1024}, 0.0),
     "of one key, capped": ("sliding_self", {"window": 1}, 30.0),
     "from a start": ("full_self", {"q_start": torch.zeros(1, dtype=torch.int32)}, 0.0),
+    "gated": ("full_self", {}, 0.0),
 }
+GATE = parse("v0 = sigmoid(y); v1 = mul(x, v0); v2 = bfloat16(v1)")
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,7 @@ def nothing_kept(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(dense_launch, "gpu_of", lambda device: H200)
     dense_launch._launch_of.cache_clear()
     kept_launch.kept_tensor_map.cache_clear()
+    cuda.expect_any()
     yield
 
 
@@ -59,15 +63,18 @@ class Call:
         self.mask = form.mask_of(self.slots)
         self.query, self.key, self.value = heads(32, length), heads(8, length), heads(8, length)
         self.out, self.lse = empty_outputs(self.query, self.value)
+        self.epilogue, self.extra = (GATE, heads(32, length)) if case == "gated" else (None, None)
 
     def launch(self, scale: float = 0.1) -> None:
         dense_launch.forward(
-            self.mask, self.query, self.key, self.value, self.slots, scale, self.softcap, self.out, self.lse
-        )
+            self.mask, self.query, self.key, self.value, self.slots, scale, self.softcap, self.out, self.lse,
+            epilogue=self.epilogue, extra=self.extra,
+        )  # fmt: skip
 
     def bytes(self, cuda: FakeCuda, scale: float = 0.1) -> Launched:
         self.launch(scale)
-        cuda.expect(compiled()[-1])
+        (kernel,) = (kernel for kernel in compiled() if kernel.function == cuda.launched.function)
+        cuda.expect(kernel)
         self.launch(scale)
         return cuda.launched
 
@@ -95,6 +102,7 @@ def test_a_kept_launch_is_triton_s_byte_by_byte(case: str, cuda: FakeCuda) -> No
     with through_triton():
         assert call.bytes(cuda) == kept
     call.query, (call.out, call.lse), cuda.stream = heads(32), empty_outputs(call.query, call.value), 9
+    call.extra = None if call.extra is None else heads(32)
     elsewhere = call.bytes(cuda, scale=0.3)
     with through_triton():
         assert call.bytes(cuda, scale=0.3) == elsewhere

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from custom_ops.epilogue import parse
 from custom_ops.form import Slots, empty_outputs
 from custom_ops.forms import FORMS
 from custom_ops.kernels.gluon.dense_shape import DenseShape, dense_reasons, dense_shape
@@ -53,9 +54,10 @@ def compiled(
     ids: torch.dtype = torch.int32,
     consumers: int = 3,
     tiling: dict[str, Any] | None = None,
+    epilogue: str | None = None,
 ) -> tuple[Any, DenseShape]:
     """Resources of the kernel as an eager call launches it, or with another tiling. ``heads``: of q, of k, of v.
-    ``consumers``: of two shipped tilings, if there are."""
+    ``consumers``: of two shipped tilings, if there are. ``epilogue``: its text, if the kernel has one."""
     pytest.importorskip("triton.experimental.gluon", reason="the kernel is written in Gluon")
     from custom_ops.kernels import launch
     from custom_ops.kernels.gluon import dense_launch
@@ -79,7 +81,9 @@ def compiled(
 
         def attend(query: Tensor) -> None:
             outputs = empty_outputs(query, value)
-            dense_launch.forward(mask, query, key, value, slots, 0.1, softcap, *outputs, shape)
+            after = None if epilogue is None else parse(epilogue)
+            extra = outputs[0].new_empty(outputs[0].shape) if after is not None and after.reads_extra else None
+            dense_launch.forward(mask, query, key, value, slots, 0.1, softcap, *outputs, shape, after, extra)
 
         (kernel,) = compile_launches(attend, query)
     assert kernel.name == "dense_attention_kernel"

@@ -242,7 +242,7 @@ def test_graphs_of_our_variants_are_right_and_timed(case: PagedCase) -> None:
 
 
 def test_cases_come_from_one_suite(capsys: pytest.CaptureFixture[str]) -> None:
-    dense, paged = bench.SUITES
+    dense, paged, _ = bench.SUITES
     assert bench.choose_cases("dense")[0] is dense
     assert bench.choose_cases("paged") == (paged, [*PAGED_CASES.values(), *STORE_CASES.values()])
     assert bench.choose_cases("mla") == (paged, list(LATENT_CASES.values()))

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from tools import bench_paged, trial
+from tools import bench_paged, gated, trial
 from tools.cases import CASES, Case
 from tools.host import host_facts
 from tools.measure import cuda_split, cuda_timer
@@ -120,11 +120,12 @@ SUITES = (
         trial_workers=8,
         case_limit_s=90,
     ),
+    Suite(gated.CASES, gated.VARIANTS, {"gate": lambda case: True}, gated.run_case, table),
 )
 
 
 def choose_cases(text: str) -> tuple[Suite, list[Any]]:
-    """`"all"` or `"dense"` (the published table's rows), `"paged"`, `"store"`, `"mla"`, or names separated by commas.
+    """`"all"` or `"dense"` (the published table's rows), `"paged"`, `"store"`, `"mla"`, `"gate"`, or names with commas.
 
     Names come from one suite. Raises ValueError that lists the names there are.
     """
@@ -160,7 +161,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--cases", default="dense", help="names separated by commas, or dense, all, paged, store, mla")
+    parser.add_argument("--cases", default="dense", help="names with commas, or dense, all, paged, store, mla, gate")
     parser.add_argument("--variants", default="default", help="names separated by commas, or default, or all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rep-ms", type=float, default=100, help="measured time of one variant in one round")

@@ -116,6 +116,11 @@ def run_case(
         case.form, problem.query, problem.key, problem.value, problem.operands, case.scale, problem.grad_out
     )
     rows = measured_rows(variants, problem, exact, (case.flops, case.bytes), settings, timer, say, split)
+    return result_of(case, problem, rows)
+
+
+def result_of(case: Case, problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The case's part of the results file."""
     return {
         "name": case.name,
         "form": case.form.name,

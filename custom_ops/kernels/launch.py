@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_ops.epilogue import Epilogue
 from custom_ops.form import Form, Slots, empty_gradients, empty_outputs
 from custom_ops.kernels import backward as backward_kernels
 from custom_ops.kernels.forward import forward_kernel
 from custom_ops.kernels.gluon.dense_choice import Kernel, Present, choose, sees_everything
 from custom_ops.kernels.gluon.dense_cost import Sizes
-from custom_ops.kernels.gluon.dense_shape import dense_reasons
+from custom_ops.kernels.gluon.dense_shape import dense_reasons, epilogue_reasons
 from custom_ops.kernels.mask_functions import mask_functions
 from custom_ops.kernels.specialise import architecture, constants, gpu_of, kernel_operands, may_be_full
 from custom_ops.kernels.tile_config import (
@@ -87,6 +88,36 @@ def forward(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
+
+
+def forward_with_epilogue(
+    form: Form,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Slots,
+    scale: float,
+    softcap: float,
+    epilogue: Epilogue,
+    extra: Tensor | None,
+) -> Tensor | None:
+    """The epilogue of attention's output ``[B, Hq, Lq, Dv]``, by the Hopper kernel; None where that cannot take it.
+
+    ``extra``: what the epilogue reads, of the same sizes.
+    """
+    if query.numel() == 0 or key.shape[2] == 0:
+        return None
+    query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
+    if epilogue_reasons(query.shape[3], value.shape[3]) or against_hopper(form, query, key, value, slots, softcap):
+        return None
+    if extra is not None and not can_copy(extra):
+        extra = extra.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    out, lse = empty_outputs(query, value)
+    with on_device_of(query):
+        _hopper().forward(
+            form.mask_of(slots), query, key, value, slots, scale, softcap, out, lse, epilogue=epilogue, extra=extra
+        )
+    return out
 
 
 def backward(

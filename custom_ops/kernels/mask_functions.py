@@ -78,9 +78,12 @@ def decorated_range_source(mask: Mask, gluon: bool = False) -> str:
     return _decorated(range_source(mask, "gl" if gluon else "tl"), gluon)
 
 
-def device_functions(name: str, functions: str, gluon: bool) -> dict[str, Any]:
-    """What ``functions``, the text of device functions in Gluon or in Triton, defines; ``name`` is for tracebacks."""
-    return _run(name, _decorated(functions, gluon), _scope(gluon))
+def device_functions(name: str, functions: str, gluon: bool, **scope: Any) -> dict[str, Any]:
+    """What ``functions``, the text of device functions in Gluon or in Triton, defines; ``name`` is for tracebacks.
+
+    ``scope``: what they call, by name.
+    """
+    return _run(name, _decorated(functions, gluon), _scope(gluon) | scope)
 
 
 def reads_keys(mask: Mask) -> bool:

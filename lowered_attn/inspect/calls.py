@@ -115,7 +115,7 @@ def calls_in(graph: torch.fx.Graph, phase: str) -> list[Call]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target == OPS.grouped_attention.default:
+        if node.target in (OPS.grouped_attention.default, OPS.attention_with_epilogue.default):
             found.append(_dense(node, phase))
         elif node.target == OPS.attention_backward.default:
             found.append(_dense_backward(node))
@@ -146,7 +146,9 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
 def _dense(node: torch.fx.Node, phase: str) -> Call:
     arguments = _values(node)
     query, key, value, padding, q_start, query_value, key_value, request_value, name, ints = arguments[:10]
-    form, out = FORMS[name], node.meta["val"][0]
+    # What an epilogue reads is the last argument, and as large as the output, which is then alone.
+    alone = isinstance(node.meta["val"], Tensor)
+    form, out = FORMS[name], (node.meta["val"], arguments[-1]) if alone else node.meta["val"][:1]
     numbers = [int(i) for i in ints]
     shape, key_shape, value_shape = _sizes(query, key, value)
     present = {
@@ -155,7 +157,7 @@ def _dense(node: torch.fx.Node, phase: str) -> Call:
     exact = all(value is None for value in present.values())
     return Call(
         node.name, name, phase, _shapes(query, key, value), query.dtype,
-        forward_flops(form, shape, key_shape[2], value_shape[3], numbers), _bytes(query, key, value, out),
+        forward_flops(form, shape, key_shape[2], value_shape[3], numbers), _bytes(query, key, value, *out),
         "exact" if exact else "at most: a tensor decides what is hidden",
         _picture(name, numbers, shape, key_shape, present), arguments,
     )  # fmt: skip

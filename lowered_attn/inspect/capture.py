@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from custom_ops.epilogue import parse
 from custom_ops.form import Slots
 from custom_ops.forms import FORMS
 from custom_ops.kernels.gluon.dense_choice import HOPPER
@@ -221,12 +223,19 @@ def _launched(calls: Sequence[Call], decisions: Sequence[Decision], arch: str) -
 
 
 def forward_kernels(arguments: Sequence[Any], arch: str) -> list[Any]:
-    """Resources of what `lowered_attn::grouped_attention` launches for these arguments, fake tensors on "cuda"."""
+    """Resources of what an op launches for its arguments, fake tensors on "cuda".
+
+    It is `lowered_attn::grouped_attention`, or `lowered_attn::attention_with_epilogue`, which takes two more.
+    """
     from custom_ops.op import kernels_for
 
-    qkv, (form, slots, scale, *softcap) = arguments[:3], _operands(arguments[3:])
-    launch = kernels_for(qkv[0].device).forward
-    return launched_by(lambda *qkv: launch(form, *qkv, slots, scale, *softcap), arch, *qkv)
+    qkv, (form, slots, scale, *more) = arguments[:3], _operands(arguments[3:])
+    kernels = kernels_for(qkv[0].device)
+    forward = kernels.forward
+    if len(more) > 1:
+        more, (text, extra) = more[:1], more[1:]
+        forward = functools.partial(kernels.forward_with_epilogue, epilogue=parse(text), extra=extra)
+    return launched_by(lambda *qkv: forward(form, *qkv, slots, scale, *more), arch, *qkv)
 
 
 def backward_kernels(arguments: Sequence[Any], arch: str) -> list[Any]:

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from custom_ops.kernels.gluon.compat import async_load, reinterpret
 from custom_ops.kernels.gluon.dense_consumer import dense_consumer
+from custom_ops.kernels.gluon.dense_epilogue import load_extra, wait_for_keys
 from custom_ops.kernels.gluon.dense_walk import Operands, bounds_of, tiles_of, walk_of
 from custom_ops.kernels.gluon.paged_attention import barriers_of
 
@@ -40,8 +41,8 @@ def dense_producer(sources, operands_at, ints, sizes, boxes, barriers, S: gl.con
 
     ``filled`` counts key tiles and ``turn`` items: stages and phases follow from them.
     """
-    q_source, k_source, v_source = sources
-    q_low, q_high, k_low, k_high, v_low, v_high = boxes
+    q_source, k_source, v_source, extra_source = sources
+    q_low, q_high, k_low, k_high, v_low, v_high, out_tiles = boxes
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     CONSUMERS: gl.constexpr = S.consumers
     walk = walk_of(sizes)
@@ -49,6 +50,12 @@ def dense_producer(sources, operands_at, ints, sizes, boxes, barriers, S: gl.con
     turn = walk.items * 0
     filled = walk.items * 0
     number = walk.number(turn)
+    # What the epilogue of the item before reads comes over its queries. Where there is room for this tile of K, all
+    # consumers are done with the last one of that item, and so with its queries.
+    due = filled - 1
+    due_batch = walk.items
+    due_head = walk.items
+    due_first = walk.items
     while number < walk.items:
         batch, head, first = walk.item(number, S)
         kv_head = head // S.group
@@ -67,6 +74,9 @@ def dense_producer(sources, operands_at, ints, sizes, boxes, barriers, S: gl.con
         while key >= lo_any:
             stage = filled % S.stages
             mbarrier.wait(k_empty.index(stage), ((filled // S.stages) & 1) ^ 1)
+            if S.extra:
+                if filled == due:
+                    load_extra(extra_source, turn - 1, due_batch, due_head, due_first, q_full, out_tiles, S)
             full = k_full.index(stage)
             mbarrier.expect(full, S.key_bytes)
             copy_part(k_source, batch, kv_head, key, k_low, stage, full, 0, S.low_dim, S.box)
@@ -82,8 +92,21 @@ def dense_producer(sources, operands_at, ints, sizes, boxes, barriers, S: gl.con
             )
             filled += 1
             key -= S.block_n
+        if S.extra:
+            if due >= filled:
+                # Few tiles: the next item's queries wait for the outputs of the item before, and those for this.
+                wait_for_keys(due - S.stages, k_empty, S)
+                load_extra(extra_source, turn - 1, due_batch, due_head, due_first, q_full, out_tiles, S)
+            due = filled - 1 + S.stages
+            due_batch = batch
+            due_head = head
+            due_first = first
         turn += 1
         number = walk.number(turn)
+    if S.extra:
+        if turn > 0:
+            wait_for_keys(filled - 1, k_empty, S)
+            load_extra(extra_source, turn - 1, due_batch, due_head, due_first, q_full, out_tiles, S)
 
 
 @gluon.jit
@@ -104,15 +127,17 @@ def part_tiles(dtype: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COL
     "items", "row_tiles", "groups", "group_heads", "all_heads", "heads", "query_len", "key_len", "snake",
 ])  # fmt: skip
 def dense_attention_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse,
+    q_desc, k_desc, v_desc, out_desc, extra_desc, lse,
     q_start, query_values, request_values, key_values, key_padding, ints,
     items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake, scale, tanh_scale,
     S: gl.constexpr, VISIBLE: gl.constexpr, KEY_VISIBLE: gl.constexpr, BOUNDS: gl.constexpr,
-    INTERVAL: gl.constexpr,
+    INTERVAL: gl.constexpr, EPILOGUE: gl.constexpr,
 ):  # fmt: skip
     """q ``[B, Hq, Lq, D]``, k ``[B, Hkv, Lk, D]``, v ``[B, Hv, Lk, DV]``, out ``[B, Hq, Lq, DV]``, lse contiguous.
 
     ``scale`` turns scores (with softcap: their tanh) into base-2 logarithms; ``tanh_scale`` is 2 log2(e) / cap of it.
+    EPILOGUE: what outputs become before they are stored, or None (``dense_epilogue``). ``extra_desc``: of what it reads
+    where ``S.extra``, as large as out, else None.
     """
     OUT_BOX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     OUT_TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -139,13 +164,17 @@ def dense_attention_kernel(
         out = gl.allocate_shared_memory(dtype, [OUT_TILES, 1, 1, 64, S.value_dim], OUT_BOX)
     out_tiles = reinterpret(out, dtype, [OUT_TILES, 1, 1, 64, S.value_dim], OUT_BOX)
     out_rows = reinterpret(out, dtype, [OUT_TILES, 64, S.value_dim], OUT_TILE)
-    q_full = barriers_of(S.query_stages, 1)
+    # Extras' behind those of queries: other barriers' address would be one more register.
+    q_full = barriers_of(S.query_stages * (1 + S.consumers if S.extra else 1), 1)
     q_empty = barriers_of(S.query_stages, S.consumers)
     k_full = barriers_of(S.stages, 1)
     k_empty = barriers_of(S.stages, S.consumers)
     v_full = barriers_of(S.value_stages, 1)
     v_empty = barriers_of(S.value_stages, S.consumers)
     turns = barriers_of(S.consumers, 1)
+    extra = out_desc
+    if S.extra:
+        extra = extra_desc
     fence_async_shared()
 
     # Tuples are written out where they are passed: a constexpr kept in a tuple variable becomes a tensor.
@@ -157,18 +186,18 @@ def dense_attention_kernel(
                 (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
-                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 0)),
+                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, EPILOGUE, 0)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
                 (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
                 (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
-                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 1)),
+                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, EPILOGUE, 1)),
             (dense_producer, (
-                (q_desc, k_desc, v_desc), (q_start, query_values, request_values, key_values, key_padding), ints,
+                (q_desc, k_desc, v_desc, extra), (q_start, query_values, request_values, key_values, key_padding), ints,
                 (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
-                (q_low, q_high, k_low, k_high, v_low, v_high),
+                (q_low, q_high, k_low, k_high, v_low, v_high, out_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty), S, BOUNDS)),
         ], [4, 1], [S.consumer_registers, S.producer_registers])  # fmt: skip
     else:
@@ -179,24 +208,24 @@ def dense_attention_kernel(
                 (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
-                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 0)),
+                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, EPILOGUE, 0)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
                 (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
                 (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
-                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 1)),
+                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, EPILOGUE, 1)),
             (dense_consumer, (
                 out_desc, lse, (q_start, query_values, request_values, key_values, key_padding), ints,
                 (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
                 (scale, tanh_scale),
                 (out_tiles, out_rows, q_low_tiles, q_high_tiles, k_low_tiles, k_high_tiles, v_low_tiles, v_high_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns),
-                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, 2)),
+                S, VISIBLE, KEY_VISIBLE, BOUNDS, INTERVAL, EPILOGUE, 2)),
             (dense_producer, (
-                (q_desc, k_desc, v_desc), (q_start, query_values, request_values, key_values, key_padding), ints,
+                (q_desc, k_desc, v_desc, extra), (q_start, query_values, request_values, key_values, key_padding), ints,
                 (items, row_tiles, groups, group_heads, all_heads, heads, query_len, key_len, snake),
-                (q_low, q_high, k_low, k_high, v_low, v_high),
+                (q_low, q_high, k_low, k_high, v_low, v_high, out_tiles),
                 (q_full, q_empty, k_full, k_empty, v_full, v_empty), S, BOUNDS)),
         ], [4, 4, 1], [S.consumer_registers, S.consumer_registers, S.producer_registers])  # fmt: skip

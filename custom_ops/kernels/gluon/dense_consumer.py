@@ -13,6 +13,7 @@ from triton.language.core import _aggregate as aggregate
 from custom_ops.kernels.gluon.assembly import computed, uniform
 from custom_ops.kernels.gluon.compat import async_store
 from custom_ops.kernels.gluon.consumer import capped, raised_maximum, thread_sums, weights
+from custom_ops.kernels.gluon.dense_epilogue import store_epilogue, wait_for_extra
 from custom_ops.kernels.gluon.dense_products import (
     finish_outputs,
     no_outputs,
@@ -316,7 +317,7 @@ def pass_tiles(filled, until, barriers, S: gl.constexpr):
 def dense_consumer(
     out_desc, lse, operands_at, ints, sizes, scales, tiles, barriers,
     S: gl.constexpr, VISIBLE: gl.constexpr, KEY_VISIBLE: gl.constexpr, BOUNDS: gl.constexpr, INTERVAL: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    EPILOGUE: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Walks the same items as the producer, for rows ``64 * CONSUMER`` to 64 further of each row tile."""
     KEYS: gl.constexpr = S.block_n
@@ -426,10 +427,16 @@ def dense_consumer(
             gl.store(lse_at, row_lse, mask=rows < walk.query_len)
             factor = gl.where(sees, 1.0 / row_sum, 0.0)
             acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUTS))[:, None]
-            out_rows.index(at).store(acc.to(out_desc.dtype))
-            fence_async_shared()
+            if EPILOGUE is None:
+                out_rows.index(at).store(acc.to(out_desc.dtype))
+                fence_async_shared()
+            else:
+                wait_for_extra(turn, q_full, S, CONSUMER)
+                store_epilogue(acc, out_tiles, at * S.value_columns, EPILOGUE, S)
             async_store(out_desc, [batch, head, first, 0], out_tiles.index(at))
             tma.store_wait(0)
+        else:
+            wait_for_extra(turn, q_full, S, CONSUMER)
         if not S.own_outputs:
             mbarrier.arrive(q_empty.index(turn % S.query_stages), count=1)
         turn += 1

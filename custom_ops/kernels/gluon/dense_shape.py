@@ -80,12 +80,20 @@ class DenseShape:
     """Consumers keep which item it is for its outputs, instead of finding it again: three registers for divisions."""
     consumer_registers: int
     producer_registers: int
+    extra: bool = False
+    """An epilogue reads a further tensor as large as the outputs: the producer loads it over the queries."""
 
     def __post_init__(self) -> None:
         if self.turns and not self.overlap:
             raise ValueError("DenseShape: turns: expected overlap with it, got none; consumers would wait for ever")
         if self.late_wait and not self.overlap:
             raise ValueError("DenseShape: late_wait: expected overlap with it, got none; there is nothing to wait for")
+        if self.extra and (self.query_stages < 2 or self.own_outputs or self.value_stages < self.stages - 1):
+            raise ValueError(
+                "DenseShape: extra: expected 2 query stages, through which outputs leave, and at most one value stage "
+                f"less than {self.stages} of keys, got {self.query_stages} and {self.value_stages}; roles would wait "
+                "for one another for ever"
+            )
 
     @property
     def low_columns(self) -> int:
@@ -189,6 +197,22 @@ def dense_reasons(
         ),
         (softcap <= GREATEST_SOFTCAP, f"softcap: expected at most {GREATEST_SOFTCAP}, got {softcap}"),
         (aligned, "q, k and v: expected addresses and strides that are multiples of 16 bytes, and none of 0"),
+    )
+    return [reason for holds, reason in checks if not holds]
+
+
+def epilogue_reasons(head_dim: int, value_dim: int) -> list[str]:
+    """Why the Hopper kernel of these head dims takes no epilogue; empty where it does.
+
+    The extra comes over an item's queries while those of the next one are in a second stage, and outputs leave there.
+    """
+    low = _columns(head_dim) - (_high_dim(head_dim) > 0)
+    checks = (
+        (_columns(head_dim) <= 2, f"head_dim: expected at most {2 * BOX_COLUMNS}, got {head_dim}"),
+        (
+            _value_columns(value_dim) <= low,
+            f"value_dim: expected at most {low * BOX_COLUMNS}, the first part of head_dim {head_dim}, got {value_dim}",
+        ),
     )
     return [reason for holds, reason in checks if not holds]
 
