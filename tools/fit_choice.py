@@ -43,7 +43,9 @@ Load = Callable[[Rates], tuple[float, float]]
 def busiest_of_walk(tiles: Sequence[int], shape: Any, sizes: Sizes, gpu: Gpu, rates: Rates) -> tuple[float, float]:
     """Of the Hopper kernel, in the walk that is chosen for it."""
     costs = [rates.item + rates.tile * count for count in tiles]
-    walk, _ = walk_of(costs, shape, sizes, gpu)
+    walk, load = walk_of(costs, shape, sizes, gpu)
+    # What is predicted to be lost to L2 is no rate's.
+    slower = load / dense_cost.busiest(costs, sizes.all_heads, walk, gpu)
     programs = min(gpu.multiprocessors, len(tiles) * sizes.all_heads)
 
     def loads(values: Sequence[float]) -> list[float]:
@@ -51,7 +53,8 @@ def busiest_of_walk(tiles: Sequence[int], shape: Any, sizes: Sizes, gpu: Gpu, ra
         return dense_cost.program_loads(items, walk.snake, programs)
 
     items, keys = loads([1.0] * len(tiles)), loads([float(count) for count in tiles])
-    return max(zip(items, keys, strict=True), key=lambda load: rates.item * load[0] + rates.tile * load[1])
+    most = max(zip(items, keys, strict=True), key=lambda load: rates.item * load[0] + rates.tile * load[1])
+    return most[0] * slower, most[1] * slower
 
 
 def busiest_of_list(tiles: Sequence[int], heads: int, gpu: Gpu, rates: Rates) -> tuple[float, float]:
