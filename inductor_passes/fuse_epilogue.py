@@ -72,7 +72,7 @@ def _fuse(node: Node, form: Form) -> bool:
     )  # fmt: skip
     if verdict.against:
         return False
-    reasons = epilogue_reasons(query.shape[3], value.shape[3])
+    reasons = epilogue_reasons(query.shape[3])
     if compat.config.max_autotune:
         reasons.append(TIMED)
     if output_is_read(node, 1):

@@ -72,6 +72,7 @@ class Call:
         )  # fmt: skip
 
     def bytes(self, cuda: FakeCuda, scale: float = 0.1) -> Launched:
+        cuda.expect_any()
         self.launch(scale)
         (kernel,) = (kernel for kernel in compiled() if kernel.function == cuda.launched.function)
         cuda.expect(kernel)

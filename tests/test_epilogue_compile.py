@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from custom_ops.forms import FORMS
-from custom_ops.kernels.gluon.dense_shape import dense_shape, epilogue_reasons
+from custom_ops.kernels.gluon.dense_shape import HEAD_DIMS, dense_shape, epilogue_reasons
 from tests.epilogue_cases import CASES, of_dtype
 from tests.test_dense_gluon_compile import SHIPPED, allowed_spills, compiled
 
-TAKEN = [name for name in SHIPPED if not epilogue_reasons(*SHIPPED[name].get("dims", (128, 128)))]
+TAKEN = [name for name in SHIPPED if not epilogue_reasons(SHIPPED[name].get("dims", (128, 128))[0])]
 
 
 def check(name: str, epilogue: str) -> None:
@@ -37,27 +37,22 @@ def test_kernels_hardly_spill_with_any_epilogue(name: str, epilogue: str) -> Non
     check(name, epilogue)
 
 
-@pytest.mark.parametrize(
-    "dims, reason",
-    (
-        ((64, 64), None),
-        ((128, 128), None),
-        ((128, 40), None),
-        ((96, 64), None),
-        ((96, 96), "value_dim: expected at most 64, the first part of head_dim 96, got 96"),
-        ((192, 128), "head_dim: expected at most 128, got 192"),
-        ((256, 256), "head_dim: expected at most 128, got 256"),
-    ),
-)
-def test_head_dims_of_which_there_are_two_query_stages_take_epilogues(
-    dims: tuple[int, int], reason: str | None
-) -> None:
-    assert epilogue_reasons(*dims) == ([] if reason is None else [reason])
+@pytest.mark.parametrize("consumers", (2, 3))
+@pytest.mark.parametrize("dims", ((64, 40), (128, 40), (128, 64), (128, 80), (128, 104)), ids=str)
+def test_narrower_values_hardly_spill_with_a_gate(dims: tuple[int, int], consumers: int) -> None:
+    found, shape = compiled(dims=dims, consumers=consumers, epilogue=CASES["gate"])
+    assert found.spills <= (allowed_spills(shape) and allowed_spills(shape) + 96) and not found.warnings
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_head_dims_that_take_epilogues_have_two_query_stages(dim: int) -> None:
+    taken = dim in (64, 128)
+    assert epilogue_reasons(dim) == ([] if taken else [f"head_dim: expected 64 or 128, got {dim}"])
     for form in ("full_self", "sliding_self", "document"):
         for consumers in (2, 3):
             mask = FORMS[form].mask.specialise([])
-            shape = dense_shape(mask, (False,) * 5, 1, 1, *dims, False, consumers)
-            assert (shape.query_stages == 2 and not shape.own_outputs) == (reason is None)
+            shape = dense_shape(mask, (False,) * 5, 1, 1, dim, min(dim, 128), False, consumers)
+            assert not taken or dataclasses.replace(shape, extra=True).extra
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def forward_with_epilogue(
     if query.numel() == 0 or key.shape[2] == 0:
         return None
     query, key, value = unit_last_stride(query), unit_last_stride(key), unit_last_stride(value)
-    if epilogue_reasons(query.shape[3], value.shape[3]) or against_hopper(form, query, key, value, slots, softcap):
+    if epilogue_reasons(query.shape[3]) or against_hopper(form, query, key, value, slots, softcap):
         return None
     if extra is not None and not can_copy(extra):
         extra = extra.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)

@@ -31,7 +31,7 @@ SHAPES: dict[str, Case] = {
     "fp16": dataclasses.replace(BASE, dtype=torch.float16, lengths=(513, 513)),
     "D64": dataclasses.replace(BASE, dims=(64, 64), heads=(4, 4), lengths=(577, 577)),
     "D128, values of 40": dataclasses.replace(BASE, dims=(128, 40), lengths=(200, 333), q_start=True),
-    "D96, values of 64": dataclasses.replace(BASE, dims=(96, 64), lengths=(300, 300)),
+    "D128, values of 80": dataclasses.replace(BASE, dims=(128, 80), lengths=(300, 300)),
     "few tiles": dataclasses.replace(BASE, lengths=(128, 128), batch=40),
     "sliding": dataclasses.replace(BASE, form="sliding_self"),
     "sliding, starts": dataclasses.replace(BASE, form="sliding_self", lengths=(700, 300), q_start=True, band=128),

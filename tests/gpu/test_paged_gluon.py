@@ -17,6 +17,7 @@ from tests.launches import hopper_config, poison_outputs
 from tests.paged_cases import LENGTHS, PagedCase, assert_as_exact_as_the_reference, changed, make
 
 LENGTHS["long ragged"] = tuple((97 * i * i % 1501, 1 + 41 * i % 130, 1 + 41 * i % 130) for i in range(9))
+LENGTHS["long new"] = ((0, 300, 300), (700, 300, 290), (1000, 0, 0), (2000, 260, 260), (128, 1, 1))
 LENGTHS["one long"] = ((17011, 1, 1),)
 LENGTHS["many"] = tuple((37 * i % 400, 1, 1) for i in range(150))
 BASE = PagedCase(dtype=torch.bfloat16, heads=(8, 2), head_dim=128)
@@ -32,6 +33,10 @@ CASES = (
     dataclasses.replace(BASE, lengths="long ragged", mode="plain", head_dim=64, heads=(4, 4), dtype=torch.float16),
     dataclasses.replace(BASE, lengths="long ragged", head_dim=256, heads=(32, 2), page_size=256),
     dataclasses.replace(BASE, lengths="long ragged", mode="cache_only", page_size=128, heads=(28, 4)),
+    # New keys of several tiles; a window leaves some row tiles no cached ones.
+    dataclasses.replace(BASE, lengths="long new", softcap=20.0, sinks=True),
+    dataclasses.replace(BASE, lengths="long new", window=100, page_size=8),
+    dataclasses.replace(BASE, lengths="long new", mode="block_causal", block_size=32, prefix_hole=True),
     dataclasses.replace(BASE, lengths="one long", direct=False, heads=(32, 8)),
     dataclasses.replace(BASE, lengths="one long", head_dim=256, sinks=True),
     dataclasses.replace(BASE, lengths="many", head_dim=64, window=100, sinks=True),
@@ -57,13 +62,14 @@ def test_attention_is_what_the_mask_and_the_page_table_say(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape_class", ("decode", "chunk"))
+@pytest.mark.parametrize("lengths", ("long ragged", "long new"))
 @pytest.mark.parametrize("programs, tolerance, mode", ((5, 99, 1), (61, 0, 0), (132, 0, 0)))
 def test_results_repeat_bit_for_bit_however_items_are_dealt_out(
-    programs: int, tolerance: int, mode: int, shape_class: str
+    programs: int, tolerance: int, mode: int, lengths: str, shape_class: str
 ) -> None:
     from custom_ops.kernels import paged_launch
 
-    call = changed(make(dataclasses.replace(BASE, lengths="long ragged"), "cuda"), shape_class=shape_class)
+    call = changed(make(dataclasses.replace(BASE, lengths=lengths), "cuda"), shape_class=shape_class)
     config = dataclasses.replace(hopper_config(call), programs=programs, tolerance=tolerance)
     schedule = paged_launch.schedule(ScheduleCall.of(call), config)
     before = schedule.clone()

@@ -21,6 +21,8 @@ MIN_BOX_COLUMNS = 16
 DIM_STEP = 8
 """Head dims are multiples of this: the copy engine takes strides in multiples of 16 bytes."""
 HEAD_DIMS = range(64, 257, DIM_STEP)
+EPILOGUE_DIMS = (64, 128)
+"""Those of which the kernel takes an epilogue; see ``epilogue_reasons``."""
 LEAST_QUERIES = 128
 """Of fewer, most rows of a tile would be nobody's: there the portable kernel puts the heads of a group in one tile."""
 LEAST_WIDTH = 128
@@ -201,20 +203,13 @@ def dense_reasons(
     return [reason for holds, reason in checks if not holds]
 
 
-def epilogue_reasons(head_dim: int, value_dim: int) -> list[str]:
-    """Why the Hopper kernel of these head dims takes no epilogue; empty where it does.
+def epilogue_reasons(head_dim: int) -> list[str]:
+    """Why the Hopper kernel of a head dim takes no epilogue; empty where it does.
 
-    The extra comes over an item's queries while those of the next one are in a second stage, and outputs leave there.
+    The extra comes over an item's queries while those of the next one are in a second stage, which there is up to 128,
+    and outputs leave there, if queries are in one part. Of 72 and 104 some kernels with a gate spill, up to 500 bytes.
     """
-    low = _columns(head_dim) - (_high_dim(head_dim) > 0)
-    checks = (
-        (_columns(head_dim) <= 2, f"head_dim: expected at most {2 * BOX_COLUMNS}, got {head_dim}"),
-        (
-            _value_columns(value_dim) <= low,
-            f"value_dim: expected at most {low * BOX_COLUMNS}, the first part of head_dim {head_dim}, got {value_dim}",
-        ),
-    )
-    return [reason for holds, reason in checks if not holds]
+    return [] if head_dim in EPILOGUE_DIMS else [f"head_dim: expected 64 or 128, got {head_dim}"]
 
 
 @functools.cache
