@@ -13,7 +13,7 @@ from tests.epilogue_cases import CASES, of_dtype
 from tests.test_dense_gluon_compile import SHIPPED, allowed_spills, compiled
 
 MORE_SPILLS = 176
-"""Bytes that kernels with an epilogue spill more where plain ones spill around loops: on Triton 3.9 up to 844, not 664."""
+"""Bytes that kernels with an epilogue spill more, where plain ones spill around loops: on Triton 3.9 844, not 664."""
 TAKEN = [name for name in SHIPPED if not epilogue_reasons(SHIPPED[name].get("dims", (128, 128))[0])]
 
 
