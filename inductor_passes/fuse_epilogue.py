@@ -19,7 +19,7 @@ from custom_ops.form import Form, Slots
 from custom_ops.kernels.gluon.dense_choice import HOPPER
 from custom_ops.kernels.gluon.dense_cost import Sizes
 from custom_ops.kernels.gluon.dense_shape import epilogue_reasons
-from custom_ops.kernels.tile_config import DESCRIPTOR_ALIGNMENT
+from custom_ops.kernels.tile_config import DESCRIPTOR_ALIGNMENT, rows_can_be_copied
 from inductor_passes import compat, decisions, hopper
 from inductor_passes.epilogue_region import Extra, Reader, Region
 from inductor_passes.graph_pass import GraphPass, describe
@@ -88,13 +88,8 @@ def _fuse(node: Node, form: Form) -> bool:
 
 def _can_copy(t: Tensor) -> bool:
     """As ``launch.can_copy``, by strides alone: an input's address is known to the call only, which looks again."""
-    step = DESCRIPTOR_ALIGNMENT // t.element_size()
-    rows = zip(t.shape[:3], t.stride()[:3], strict=True)
-    return (
-        t.stride(3) == 1
-        and t.storage_offset() % step == 0
-        and all(size == 1 or (stride > 0 and stride % step == 0) for size, stride in rows)
-    )
+    offset = t.storage_offset() * t.element_size()
+    return offset % DESCRIPTOR_ALIGNMENT == 0 and rows_can_be_copied(t.shape, t.stride(), t.element_size())
 
 
 class _Base:

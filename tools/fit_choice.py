@@ -25,7 +25,7 @@ from custom_ops.kernels.gluon import dense_choice, dense_cost
 from custom_ops.kernels.gluon.dense_choice import OTHERS, kind_of, own_tiles, shapes_of, walk_of
 from custom_ops.kernels.gluon.dense_cost import H200, Gpu, Rates, Sizes, key_tiles
 from tools.report import load
-from tools.sweep_cases import POINTS
+from tools.sweep_cases import POINTS, call_of
 
 PASSES = 12
 SHORT_US = 1000.0
@@ -70,12 +70,7 @@ def busiest_of_list(tiles: Sequence[int], heads: int, gpu: Gpu, rates: Rates) ->
 
 def load_of(kernel: str, name: str, gpu: Gpu) -> Load | None:
     """The load of a kernel at a point of the sweep; None where there is no such kernel there."""
-    case = POINTS[name]
-    mask, ints = case.form.mask.specialise([]), () if case.window is None else (case.window,)
-    sizes = Sizes(
-        case.batch, case.query_heads, case.kv_heads, case.kv_heads, case.query_len, case.key_len, case.head_dim,
-        case.value_dim,
-    )  # fmt: skip
+    mask, ints, sizes = call_of(POINTS[name])
     if kernel.startswith("gluon"):
         shapes = [s for s in shapes_of(mask, NONE, sizes, False) if f"gluon{s.consumers}" == kernel]
         if not shapes:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from custom_ops.masks import OperandValue
+from custom_ops.kernels.gluon.dense_cost import Sizes
+from custom_ops.masks import Mask, OperandValue
 from tools.cases import Case
 from tools.variants import Problem
 
@@ -114,6 +115,15 @@ def mask_of(case: Case) -> str:
 def dims_of(case: Case) -> str:
     """`"128"`, or `"192/128"` where values are narrower than keys."""
     return str(case.head_dim) if case.head_dim == case.value_dim else f"{case.head_dim}/{case.value_dim}"
+
+
+def call_of(case: Case) -> tuple[Mask, tuple[int, ...], Sizes]:
+    """The point's mask, the values of its int operands, and its sizes, as predictions of kernels take them."""
+    sizes = Sizes(
+        case.batch, case.query_heads, case.kv_heads, case.kv_heads, case.query_len, case.key_len, case.head_dim,
+        case.value_dim,
+    )  # fmt: skip
+    return case.form.mask.specialise([]), () if case.window is None else (case.window,), sizes
 
 
 def items_of(case: Case) -> int:

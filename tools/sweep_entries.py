@@ -19,7 +19,7 @@ from custom_ops.kernels.gluon.dense_shape import DenseShape, dense_shape
 from custom_ops.kernels.specialise import architecture, kernel_operands
 from custom_ops.kernels.tile_config import TileConfig, can_use_descriptors, forward_config, heads_together
 from tools.cases import Case
-from tools.sweep_cases import POINTS, dims_of, mask_of, problem_of
+from tools.sweep_cases import POINTS, call_of, dims_of, mask_of, problem_of
 from tools.variants import VARIANTS, Prepared, Problem, Unavailable, Variant, peers_with_fa3
 
 OURS, PORTABLE, FA3, CUDNN = "ours", "portable", "fa3", "cudnn"
@@ -235,12 +235,8 @@ def compile_key(case: Case, entry: str, l2_bytes: int) -> tuple[object, ...] | N
 
 def _consumers_of(case: Case) -> int:
     """Of the kernel that is chosen for a point, on the GPU where rates were measured."""
-    sizes = Sizes(
-        case.batch, case.query_heads, case.kv_heads, case.kv_heads, case.query_len, case.key_len, case.head_dim,
-        case.value_dim,
-    )  # fmt: skip
-    ints = () if case.window is None else (case.window,)
-    return best_plan(case.form.mask.specialise([]), ints, (False,) * 5, sizes).consumers
+    mask, ints, sizes = call_of(case)
+    return best_plan(mask, ints, (False,) * 5, sizes).consumers
 
 
 def jobs_of(

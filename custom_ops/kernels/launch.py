@@ -27,6 +27,7 @@ from custom_ops.kernels.tile_config import (
     can_use_descriptors,
     forward_config,
     heads_together,
+    rows_can_be_copied,
 )
 from custom_ops.masks import Mask
 
@@ -240,7 +241,7 @@ def _decision(
         query_len=query_sizes[2],
         width=mask.width_for(ints),
         softcap=softcap,
-        aligned=aligned and all(_rows_are_aligned(*layout, dtype.itemsize) for layout in layouts),
+        aligned=aligned and all(rows_can_be_copied(*layout, dtype.itemsize) for layout in layouts),
     )
     if reasons:
         return "triton", tuple(reasons), ""
@@ -331,15 +332,7 @@ class _Call:
 
 def can_copy(t: Tensor) -> bool:
     """Whether the copy engine can read ``t`` ``[B, H, L, D]``: rows in one piece, all aligned, none repeated."""
-    return t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0 and _rows_are_aligned(t.shape, t.stride(), t.element_size())
-
-
-def _rows_are_aligned(sizes: tuple[int, ...], strides: tuple[int, ...], element_size: int) -> bool:
-    step = DESCRIPTOR_ALIGNMENT // element_size
-    aligned = all(
-        size == 1 or (stride > 0 and stride % step == 0) for size, stride in zip(sizes[:3], strides[:3], strict=True)
-    )
-    return strides[3] == 1 and aligned
+    return t.data_ptr() % DESCRIPTOR_ALIGNMENT == 0 and rows_can_be_copied(t.shape, t.stride(), t.element_size())
 
 
 def _is_aligned(t: Tensor) -> bool:

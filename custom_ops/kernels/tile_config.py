@@ -8,6 +8,7 @@ spills in the ahead-of-time compile.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -155,6 +156,14 @@ def backward_config(architecture: int, dtype: torch.dtype, head_dim: int, value_
 def can_use_descriptors(architecture: int, has_key_padding: bool) -> bool:
     """Whether this GPU has the engine and the call no padded keys: the engine reads those too, and 0 * NaN is NaN."""
     return architecture >= 90 and not has_key_padding
+
+
+def rows_can_be_copied(sizes: Sequence[int], strides: Sequence[int], element_size: int) -> bool:
+    """Whether the bulk copy engine can read ``[B, H, L, D]``, as far as strides say: rows in one piece, a whole number
+    of its steps apart, none repeated. The stride of a dimension of one is never used."""
+    step = DESCRIPTOR_ALIGNMENT // element_size
+    apart = zip(sizes[:3], strides[:3], strict=True)
+    return strides[3] == 1 and all(size == 1 or (stride > 0 and stride % step == 0) for size, stride in apart)
 
 
 def heads_together(l2_bytes: int, heads: int, bytes_a_head: int) -> int:
